@@ -1,0 +1,8 @@
+"""Knowledge distillation losses in the fewest passes the hardware allows, and exact."""
+
+from ._dispatch import explain
+from .losses.logit import KDLoss, LossParts, cross_entropy, kd_loss
+
+__version__ = "0.1.0"
+
+__all__ = ["KDLoss", "LossParts", "cross_entropy", "explain", "kd_loss"]

@@ -1,0 +1,127 @@
+"""Who computes it. The only file that chooses an implementation; :func:`explain` says how it would choose.
+
+An implementation that is pinned (``impl="native"``) is obeyed or refused, never replaced. Without a pin the first of
+:data:`ORDER` that does not refuse is taken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from types import ModuleType
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from . import native
+
+ORDER = ("triton", "native", "reference")
+OPERATIONS = {"kd_loss": "logit", "cross_entropy": "logit"}  # operation -> the file name of its family
+_STORAGE = frozenset((torch.float16, torch.bfloat16, torch.float32))
+
+
+def pick(op: str, impl: str | None, tensors: Sequence[Tensor]) -> ModuleType:
+    """The module that computes ``op`` on these tensors (the first of them is the student)."""
+    if impl is not None:
+        return _pinned(op, impl, tensors)
+    for name in ORDER:
+        if _REFUSALS[name](op, tensors, False) is None:
+            return _module(name, OPERATIONS[op])
+    raise AssertionError("the reference refuses nothing")
+
+
+def _pinned(op: str, impl: str, tensors: Sequence[Tensor]) -> ModuleType:
+    if impl not in ORDER:
+        raise ValueError(f"{op}: impl must be one of {', '.join(ORDER)}, got {impl!r}")
+    reason = _REFUSALS[impl](op, tensors, True)
+    if reason is not None:
+        _cannot(op, impl, reason, [name for name in ORDER if _REFUSALS[name](op, tensors, True) is None])
+    return _module(impl, OPERATIONS[op])
+
+
+def _cannot(op: str, impl: str, reason: str, others: list[str]) -> NoReturn:
+    raise RuntimeError(f"{op}: impl={impl!r} cannot run here: {reason}; what can: {', '.join(others)}")
+
+
+@lru_cache
+def _module(name: str, family: str) -> ModuleType:
+    package = {"triton": "fastkd_kernels", "native": "fastkd.native", "reference": "fastkd.reference"}[name]
+    return importlib.import_module(f"{package}.{family}")
+
+
+def _refuse_triton(op: str, tensors: Sequence[Tensor], pinned: bool) -> str | None:
+    if not tensors[0].is_cuda and not (tensors[0].is_cpu and pinned and _interpreted()):
+        return f"the tensors are on {tensors[0].device.type}, Triton kernels need a CUDA device" + (
+            "" if pinned and _interpreted() else " (or TRITON_INTERPRET=1 and a pin, to be interpreted on the CPU)"
+        )
+    return _missing_triton() or _wide(tensors)
+
+
+def _refuse_native(op: str, tensors: Sequence[Tensor], pinned: bool) -> str | None:
+    if not tensors[0].is_cpu:
+        return f"the tensors are on {tensors[0].device.type}, the C++ kernels run on the CPU"
+    return native.missing() or _wide(tensors)
+
+
+def _refuse_reference(op: str, tensors: Sequence[Tensor], pinned: bool) -> str | None:
+    return None
+
+
+def _wide(tensors: Sequence[Tensor]) -> str | None:
+    for tensor in tensors:
+        if tensor.dtype not in _STORAGE:
+            return f"{str(tensor.dtype).removeprefix('torch.')} is computed by the reference alone"
+    return None
+
+
+@lru_cache
+def _missing_triton() -> str | None:
+    return None if importlib.util.find_spec("triton") else "triton is not installed (it is published for Linux alone)"
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+_REFUSALS: dict[str, Callable[[str, Sequence[Tensor], bool], str | None]] = {
+    "triton": _refuse_triton,
+    "native": _refuse_native,
+    "reference": _refuse_reference,
+}
+
+
+def explain(op: str | None = None, *tensors: Tensor) -> None:
+    """Print, for one operation or all, every implementation with "ok" or why it is passed over.
+
+    Args:
+        op: Name of an operation, such as ``"kd_loss"``; None for all.
+        tensors: What it would be called with; the student's logits first. Default: float32 on the device that
+            ``torch.get_default_device()`` names, or on CUDA where there is one.
+
+    Raises:
+        ValueError: no operation has that name.
+
+    Example:
+        >>> explain("kd_loss", torch.zeros(2, 3, dtype=torch.float64))
+        kd_loss
+          triton     the tensors are on cpu, Triton kernels need a CUDA device (or TRITON_INTERPRET=1 and a pin, to be interpreted on the CPU)
+          native     float64 is computed by the reference alone
+          reference  ok <- runs
+    """
+    if op is not None and op not in OPERATIONS:
+        raise ValueError(f"explain: op must be one of {', '.join(OPERATIONS)}, got {op!r}")
+    if not tensors:
+        device = "cuda" if torch.cuda.is_available() else torch.get_default_device()
+        tensors = (torch.empty(1, 1, device=device, dtype=torch.float32),)
+    for name in OPERATIONS if op is None else (op,):
+        print(name)
+        chosen = False
+        for implementation in ORDER:
+            reason = _REFUSALS[implementation](name, tensors, False)
+            runs = reason is None and not chosen
+            chosen = chosen or runs
+            print(f"  {implementation:<10} {reason or 'ok'}{' <- runs' if runs else ''}")

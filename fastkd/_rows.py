@@ -1,0 +1,76 @@
+"""What every implementation of a logit loss is asked, and what it hands back: rows of logits, and numbers.
+
+``losses/logit.py`` checks a user's arguments and turns them into one :class:`LogitRows`. Each implementation has two
+functions with the same signature, so that choosing one is a module lookup::
+
+    forward(rows)                            -> loss, state, scale
+    backward(rows, state, scale, grad_loss)  -> grad
+
+``loss`` is ``(N,)`` when ``rows.reduce`` is false and 0-dim otherwise: ``sum_i L_i * scale``, summed in a fixed order,
+where ``scale`` (0-dim) is 1 / divisor, and 0 where the divisor is 0. ``grad`` has the student's shape and dtype; it is the
+student itself when ``rows.overwrite`` is true. ``state`` is a float tensor ``(N, state_width(teachers))``, the same in
+every implementation (one's forward may feed another's backward), with the columns below. Maxima are kept apart from
+the logarithms of sums: added together they would lose the digits of logits that are far from zero.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+WEIGHT = 0  # row_weight, or 0 for a row that is dropped (target == ignore_index)
+HARD = 1  # H; 0 where its weight (alpha) is 0
+SOFT = 2  # S, T**2 included; 0 where its weight (1 - alpha) is 0
+STUDENT_MAX = 3  # max of the student's logits over the shared ids
+STUDENT_LOGSUM = 4  # log sum exp((student - max) / T) over the shared ids
+HARD_MAX = 5  # max of the student's logits over all its ids
+HARD_LOGSUM = 6  # log sum exp(student - max) over all its ids
+TARGET_AGREES = 7  # 1 where the student's best id is the target, if rows.agreement
+TEACHER_AGREES = 8  # the teacher_weight of the teachers whose best id is the student's, if rows.agreement
+FIRST_TEACHER = 9  # then TEACHER_COLUMNS for each teacher:
+TEACHER_COLUMNS = 3  # max, log sum exp((teacher - max) / T_teacher), omega
+
+# omega is the one more number that a teacher's gradient needs:
+#   dD/dstudent_j = (W_j - q_j * omega) / T,  omega = sum_j W_j,  W_j = q_j * dD/dq_j  (up to a multiple of q_j);
+# mse stores the count of ids it averaged over. +inf says that the gradient of this teacher's term is 0 in this row.
+
+
+def state_width(teachers: int) -> int:
+    return FIRST_TEACHER + TEACHER_COLUMNS * teachers
+
+
+class LogitRows(NamedTuple):
+    """A checked problem: N rows, K teachers. Numbers that may vary by row are a float, or a tensor ``(N,)``."""
+
+    student: Tensor  # (N, V) float16/32/64 or bfloat16, last stride 1, any row stride
+    teachers: tuple[Tensor, ...]  # each (N, at least `shared`), last stride 1; dtypes may differ from the student's
+    target: Tensor | None  # (N,) int64
+    row_weight: Tensor | None  # (N,) float32 (float64 if the computation is)
+    alpha: float | Tensor  # weight of the hard term; 0.0 without a target, 1.0 without a teacher
+    temperature: float | Tensor
+    teacher_temperature: tuple[float | Tensor, ...]
+    teacher_weight: tuple[float, ...] | Tensor  # K floats, or (N, K)
+    divisor: float | Tensor | None  # None: the sum of the weights of the rows that count
+    divergence: str  # a name of DIVERGENCES; skew_* never with beta 0 (those are forward_kl and reverse_kl)
+    beta: float
+    scale_by_t2: bool
+    label_smoothing: float
+    z_loss: float
+    ignore_index: int
+    shared: int  # the soft term compares the ids below this; the hard term sees all V
+    reduce: bool
+    agreement: bool  # fill the two columns of agreement
+    overwrite: bool  # backward writes the gradient over the student
+
+
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_kl",
+    "skew_reverse_kl",
+    "tvd",
+    "cross_entropy",
+    "mse",
+)

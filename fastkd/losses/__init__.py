@@ -1,0 +1,1 @@
+"""The public losses, one file a family: function, docstring, arguments."""

@@ -1,0 +1,193 @@
+"""From a user's arguments to the rows of :class:`fastkd._rows.LogitRows`: every check, every default, no computation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .._rows import LogitRows
+from ._logit_autograd import flatten
+
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+BETA = {"jsd": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}  # the divergences that take beta, and their defaults
+UNSKEWED = {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}  # what they are at beta = 0
+ONE_LOGITS = "a tensor of logits"
+SEVERAL_LOGITS = f"{ONE_LOGITS}, or a sequence of them"
+
+
+class Logits:
+    """The logits of one call, checked, and the layout that every per-row argument has to fit."""
+
+    __slots__ = ("count", "dim", "dtype", "op", "shape", "shared", "student", "teachers")
+
+    def __init__(self, op: str, student: Tensor, teacher: Any, dim: int, shared_vocab: int | None) -> None:
+        _checks.logits(op, "student", student, ONE_LOGITS)
+        self.op, self.student = op, student
+        self.dim = _checks.dimension(op, dim, student.ndim)
+        shape = student.shape
+        last = self.dim == student.ndim - 1
+        self.shape = shape[:-1] if last else shape[: self.dim] + shape[self.dim + 1 :]
+        self.count = math.prod(self.shape)
+        self.teachers: tuple[Tensor, ...] = (teacher,) if isinstance(teacher, Tensor) else self._sequence(teacher)
+        self.dtype = torch.float64 if student.dtype is torch.float64 else torch.float32
+        vocabulary = shape[self.dim]
+        if vocabulary == 0:
+            _checks.bad_value(op, "student", "have at least one class", f"shape {tuple(shape)}")
+        self.shared = vocabulary
+        for tensor in self.teachers:
+            self._check_teacher(tensor, shared_vocab)
+        if shared_vocab is not None:
+            self._share(shared_vocab)
+
+    def _sequence(self, teacher: Any) -> tuple[Tensor, ...]:
+        if not isinstance(teacher, (list, tuple)):
+            _checks.bad_type(self.op, "teacher", f"be {SEVERAL_LOGITS}", type(teacher).__name__)
+        if not teacher and self.op == "kd_loss":
+            _checks.bad_value(self.op, "teacher", "hold at least one tensor", "an empty sequence")
+        return tuple(teacher)
+
+    def _check_teacher(self, teacher: Tensor, shared_vocab: int | None) -> None:
+        op, student, dim = self.op, self.student, self.dim
+        _checks.logits(op, "teacher", teacher, SEVERAL_LOGITS)
+        _checks.same_device(op, "teacher", teacher, student)
+        if teacher.shape != student.shape:
+            expected = list(student.shape)
+            if teacher.ndim == student.ndim:
+                expected[dim] = teacher.shape[dim]
+            if list(teacher.shape) != expected:
+                _checks.bad_value(op, "teacher", f"have the student's shape, {tuple(student.shape)}", tuple(teacher.shape))
+            if shared_vocab is None:
+                sizes = f"{teacher.shape[dim]} for a student of {student.shape[dim]}"
+                _checks.bad_value(op, "teacher", "have the student's vocabulary, unless shared_vocab is given", sizes)
+        if teacher.dtype is torch.float64:
+            self.dtype = torch.float64
+
+    def _share(self, shared_vocab: int) -> None:
+        smallest = min(x.shape[self.dim] for x in (self.student, *self.teachers))
+        if isinstance(shared_vocab, bool) or not isinstance(shared_vocab, int):
+            _checks.bad_type(self.op, "shared_vocab", "be an integer", type(shared_vocab).__name__)
+        if not 1 <= shared_vocab <= smallest:
+            _checks.bad_value(self.op, "shared_vocab", f"be from 1 to {smallest}, the smallest vocabulary", shared_vocab)
+        self.shared = shared_vocab
+
+    def number(self, argument: str, value: Any, check: Callable[[str, str, Any], float]) -> float | Tensor:
+        """A number that may vary by row."""
+        if isinstance(value, Tensor):
+            return self.by_row(argument, value)
+        return check(self.op, argument, value)
+
+    def by_row(self, argument: str, value: Any) -> Tensor:
+        return _checks.row_tensor(self.op, argument, value, self.student, self.shape, self.count, self.dtype)
+
+    def teacher_temperature(self, value: Any, student: float | Tensor) -> tuple[float | Tensor, ...]:
+        teachers = len(self.teachers)
+        if value is None:
+            return (student,) * teachers
+        if not isinstance(value, (list, tuple)):
+            return (self.number("teacher_temperature", value, _checks.positive),) * teachers
+        if len(value) != teachers:
+            _checks.bad_value(self.op, "teacher_temperature", f"hold one number per teacher, {teachers}", len(value))
+        return tuple(self.number("teacher_temperature", one, _checks.positive) for one in value)
+
+    def teacher_weight(self, value: Any) -> tuple[float, ...] | Tensor:
+        teachers = len(self.teachers)
+        if value is None:
+            return (1.0 / teachers,) * teachers if teachers else ()
+        if isinstance(value, Tensor):
+            _checks.constant(self.op, "teacher_weight", value)
+            _checks.same_device(self.op, "teacher_weight", value, self.student)
+            if value.shape != (teachers,) and value.shape != (*self.shape, teachers):
+                rule = f"have shape {(teachers,)} or {(*self.shape, teachers)}"
+                _checks.bad_value(self.op, "teacher_weight", rule, tuple(value.shape))
+            weights = value.detach().to(self.dtype)
+            return weights.expand(self.count, teachers) if value.ndim == 1 else weights.reshape(-1, teachers)
+        if not isinstance(value, (list, tuple)) or len(value) != teachers:
+            _checks.bad_value(self.op, "teacher_weight", f"hold one number per teacher, {teachers}", value)
+        return tuple(_checks.finite(self.op, "teacher_weight", one) for one in value)
+
+    def divisor(self, reduction: str, normalizer: Any) -> float | Tensor | None:
+        """What the sum is divided by; None for the sum of the weights of the rows that count."""
+        _checks.choice(self.op, "reduction", reduction, REDUCTIONS)
+        if normalizer is not None:
+            if reduction == "none":
+                _checks.bad_value(self.op, "normalizer", 'be None with reduction="none"', normalizer)
+            if not isinstance(normalizer, Tensor):
+                return _checks.not_negative(self.op, "normalizer", normalizer)
+            _checks.constant(self.op, "normalizer", normalizer)
+            _checks.same_device(self.op, "normalizer", normalizer, self.student)
+            if normalizer.ndim:
+                _checks.bad_value(self.op, "normalizer", "be a number or a 0-dim tensor", f"shape {tuple(normalizer.shape)}")
+            return normalizer.detach().to(self.dtype)
+        if reduction == "batchmean":
+            if self.dim == 0:
+                _checks.bad_value(self.op, "student", 'have a batch dimension for reduction="batchmean"', "dim=0")
+            return float(self.student.shape[0])
+        return None if reduction == "mean" else 1.0
+
+    def may_overwrite(self) -> bool:
+        student = self.student
+        if not student.requires_grad or not torch.is_grad_enabled():
+            return False
+        if student.is_leaf:
+            rule = "be False for a leaf (the gradient would destroy the parameter)"
+            _checks.bad_value(self.op, "overwrite_student", rule, True)
+        if not (student if self.dim == student.ndim - 1 else student.movedim(self.dim, -1)).is_contiguous():
+            _checks.bad_value(self.op, "overwrite_student", "be False unless the student is contiguous", True)
+        storage = student.untyped_storage().data_ptr()
+        if any(teacher.untyped_storage().data_ptr() == storage for teacher in self.teachers):
+            rule = "be False where a teacher shares the student's memory"
+            _checks.bad_value(self.op, "overwrite_student", rule, True)
+        return True
+
+    def rows(
+        self,
+        target: Tensor | None,
+        *,
+        row_weight: Tensor | None,
+        label_smoothing: float,
+        z_loss: float,
+        ignore_index: int,
+        reduction: str,
+        normalizer: float | Tensor | None,
+        overwrite: bool,
+        **soft: Any,
+    ) -> LogitRows:
+        op = self.op
+        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+            _checks.bad_type(op, "ignore_index", "be an integer", type(ignore_index).__name__)
+        return LogitRows(
+            student=flatten(self.student.detach(), self.dim),
+            teachers=tuple([flatten(teacher.detach(), self.dim) for teacher in self.teachers]),
+            target=None if target is None else _checks.target(op, target, self.student, self.shape),
+            row_weight=None if row_weight is None else self.by_row("row_weight", row_weight),
+            divisor=self.divisor(reduction, normalizer),
+            label_smoothing=_checks.fraction(op, "label_smoothing", label_smoothing),
+            z_loss=_checks.not_negative(op, "z_loss", z_loss),
+            ignore_index=ignore_index,
+            shared=self.shared,
+            reduce=reduction != "none",
+            overwrite=overwrite and self.may_overwrite(),
+            **soft,
+        )
+
+
+def divergence_and_beta(op: str, divergence: str, beta: float | None) -> tuple[str, float]:
+    """skew_* at beta 0 are the plain divergences, with their own rules where the mathematics is infinite."""
+    if divergence not in BETA:
+        if beta is not None:
+            _checks.bad_value(op, "beta", f"be None for {divergence} (only {', '.join(BETA)} take it)", beta)
+        return divergence, 0.0
+    if beta is None:
+        return divergence, BETA[divergence]
+    beta = _checks.finite(op, "beta", beta)
+    if divergence == "jsd" and not 0 < beta < 1:
+        rule = 'be between 0 and 1 for jsd (its ends are 0 everywhere: divergence="forward_kl" or "reverse_kl")'
+        _checks.bad_value(op, "beta", rule, beta)
+    if not 0 <= beta < 1:
+        _checks.bad_value(op, "beta", f"be from 0 to below 1 for {divergence}", beta)
+    return (UNSKEWED[divergence], 0.0) if beta == 0 else (divergence, beta)

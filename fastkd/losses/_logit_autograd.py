@@ -1,0 +1,59 @@
+"""How a logit loss joins the autograd graph in eager mode. (While tracing it is an operator: ``_logit_operators.py``.)"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._rows import LogitRows
+
+
+def flatten(logits: Tensor, dim: int) -> Tensor:
+    """Rows of logits with the class dimension last and unit stride; a copy only where the layout forces one."""
+    if dim != logits.ndim - 1:
+        logits = logits.movedim(dim, -1)
+    if logits.ndim != 2:
+        logits = logits.reshape(-1, logits.shape[-1])
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def unflatten(grad: Tensor, shape: torch.Size, dim: int) -> Tensor:
+    if dim == len(shape) - 1:
+        return grad if grad.shape == shape else grad.view(shape)
+    return grad.view(*shape[:dim], *shape[dim + 1 :], shape[dim]).movedim(-1, dim)
+
+
+class LogitLoss(torch.autograd.Function):
+    """Saves what the caller passed, not flattened copies: nothing of size (N, V) is kept for backward."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, student: Tensor, teachers: Sequence[Tensor], rows: LogitRows, dim: int, implementation: ModuleType
+    ) -> tuple[Tensor, Tensor]:
+        loss, state, scale = implementation.forward(rows)
+        ctx.mark_non_differentiable(state)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(student, *teachers)
+        ctx.rows, ctx.dim, ctx.implementation = rows._replace(student=None, teachers=()), dim, implementation
+        ctx.state, ctx.scale = state, scale
+        return loss, state
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
+        if grad_loss is None:
+            return None, None, None, None, None
+        student, *teachers = ctx.saved_tensors
+        dim: int = ctx.dim
+        rows: LogitRows = ctx.rows._replace(
+            student=flatten(student.detach(), dim), teachers=tuple(flatten(teacher, dim) for teacher in teachers)
+        )
+        grad = ctx.implementation.backward(rows, ctx.state, ctx.scale, grad_loss)
+        if rows.overwrite:
+            # From here on the logits are the gradient: whoever saved them gets autograd's version error.
+            torch.autograd.graph.increment_version(student)
+        return unflatten(grad, student.shape, dim), None, None, None, None

@@ -1,0 +1,1 @@
+"""Triton kernels with their launchers below them. Never imports fastkd."""

@@ -1,0 +1,12 @@
+#include "isa.h"
+#include "logit-inl.h"
+
+namespace fastkd {
+
+static bool supported() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+const InstructionSet avx2 = {"avx2", supported, {statistics, divergence, gradient, best}};
+
+}  // namespace fastkd

@@ -1,0 +1,12 @@
+#include "isa.h"
+#include "logit-inl.h"
+
+namespace fastkd {
+
+static bool supported() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+const InstructionSet avx512 = {"avx512", supported, {statistics, divergence, gradient, best}};
+
+}  // namespace fastkd

@@ -1,0 +1,21 @@
+// The instruction sets, best first. FASTKD_CPU_ISA=<name> forces one; one that is unknown, or that this processor lacks,
+// is an error and never silently another.
+#pragma once
+#include "logit.h"
+
+namespace fastkd {
+
+struct InstructionSet {
+    const char* name;
+    bool (*supported)();  // asks the processor and the operating system
+    LogitKernels logit;
+};
+
+extern const InstructionSet generic;
+#if defined(__x86_64__)
+extern const InstructionSet avx2, avx512;
+#endif
+
+const InstructionSet& active_instruction_set();
+
+}  // namespace fastkd

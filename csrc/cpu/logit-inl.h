@@ -1,0 +1,415 @@
+// The row pieces of the logit losses, once, over the vectors of vec.h. Included by one unit for each instruction set.
+//
+// A row is walked in tiles that stay in the first-level cache. A tile of float32 is read where it lies; other storage is
+// widened into scratch first, so that the arithmetic exists once. Vectors sum within a tile, doubles over the tiles.
+#include "divergences-inl.h"
+#include "logit.h"
+#include "vec.h"
+
+namespace fastkd {
+namespace {
+
+constexpr int64_t kTile = 2048;
+constexpr float kLowest = -3.402823466e38f;
+constexpr float kFloor = -1e30f;  // scaled logits end here, so that 0 * (x_t - x_s) stays 0
+
+struct alignas(64) Tile {
+    float data[kTile];
+};
+
+FASTKD_INLINE int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
+
+template <vf (*widen)(vh)>
+FASTKD_INLINE void widen_into(const uint16_t* source, int64_t n, float* out) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        vh x;
+        __builtin_memcpy(&x, source + i, sizeof x);
+        store(out + i, widen(x));
+    }
+    if (i < n) {
+        vh x{};
+        __builtin_memcpy(&x, source + i, (n - i) * sizeof(uint16_t));
+        const vf wide = widen(x);
+        for (int64_t j = 0; i + j < n; ++j) out[i + j] = wide[j];
+    }
+}
+
+// n logits from `begin` on, as floats, padded to whole vectors with -inf (probability 0).
+FASTKD_INLINE const float* fetch(const Row& row, int64_t begin, int64_t n, Tile& scratch) {
+    if (row.dtype == Dtype::float32) {
+        const float* source = static_cast<const float*>(row.data) + begin;
+        if (n % W == 0) return source;
+        __builtin_memcpy(scratch.data, source, n * sizeof(float));
+    } else {
+        const uint16_t* source = static_cast<const uint16_t*>(row.data) + begin;
+        if (row.dtype == Dtype::bfloat16) {
+            widen_into<widen_bfloat16>(source, n, scratch.data);
+        } else {
+            widen_into<widen_float16>(source, n, scratch.data);
+        }
+    }
+    for (int64_t i = n; i < padded(n); ++i) scratch.data[i] = -kInfinity;
+    return scratch.data;
+}
+
+// NaN may be lost here: it comes back through the sums.
+FASTKD_INLINE void extremes(const float* x, int64_t n, float& highest, float& lowest) {
+    vf high = splat(-kInfinity), low = splat(kInfinity);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        const vf v = load(x + i);
+        high = at_least(v, high);
+        low = at_most(v, low);
+    }
+    highest = -kInfinity, lowest = kInfinity;
+    for (int j = 0; j < W; ++j) {
+        highest = high[j] > highest ? high[j] : highest;
+        lowest = low[j] < lowest ? low[j] : lowest;
+    }
+    for (; i < n; ++i) {
+        highest = x[i] > highest ? x[i] : highest;
+        lowest = x[i] < lowest ? x[i] : lowest;
+    }
+}
+
+FASTKD_INLINE double total(const float* x, int64_t n) {
+    vf sums = splat(0.0f);
+    int64_t i = 0;
+    for (; i + W <= n; i += W) sums += load(x + i);
+    double result = sum(sums);
+    for (; i < n; ++i) result += x[i];
+    return result;
+}
+
+FASTKD_INLINE vf scaled(vf logits, float max, float scale) { return at_least((logits - max) * scale, splat(kFloor)); }
+
+// How far scaled logits move when a maximum rises.
+FASTKD_INLINE double shift(float from, float to, float scale) { return ((double)from - (double)to) * (double)scale; }
+
+template <Hard hard>
+static void student_tile(const float* s, int64_t n, float max, float scale, float* exponentials, double& soft_sum, double& hard_sum) {
+    vf soft = splat(0.0f), other = splat(0.0f);
+    for (int64_t i = 0; i < n; i += W) {
+        const vf logits = load(s + i);
+        const vf e = exp2(scaled(logits, max, scale));
+        soft += e;
+        if (hard == Hard::square) other += e * e;
+        if (hard == Hard::fourth) other += (e * e) * (e * e);
+        if (hard == Hard::separate) other += exp2(scaled(logits, max, kLog2e));
+        if (exponentials) store(exponentials + i, e);
+    }
+    soft_sum = sum(soft);
+    hard_sum = hard == Hard::same ? soft_sum : sum(other);
+}
+
+FASTKD_INLINE void student_tile(Hard hard, const float* s, int64_t n, float max, float scale, float* e, double& soft, double& other) {
+    switch (hard) {
+        case Hard::none:
+        case Hard::same: return student_tile<Hard::same>(s, n, max, scale, e, soft, other);
+        case Hard::square: return student_tile<Hard::square>(s, n, max, scale, e, soft, other);
+        case Hard::fourth: return student_tile<Hard::fourth>(s, n, max, scale, e, soft, other);
+        case Hard::separate: return student_tile<Hard::separate>(s, n, max, scale, e, soft, other);
+    }
+}
+
+// The divergences whose value is linear in one side's unnormalised probabilities need one pass: with x the scaled logits
+//   forward_kl     sum 2^x_t (x_t - x_s)
+//   cross_entropy  sum 2^x_t (0 - x_s)
+//   reverse_kl     sum 2^x_s (x_s - x_t)
+enum class Cross { none, forward_kl, cross_entropy, reverse_kl };
+
+FASTKD_INLINE Cross cross_of(Divergence divergence) {
+    switch (divergence) {
+        case Divergence::forward_kl: return Cross::forward_kl;
+        case Divergence::cross_entropy: return Cross::cross_entropy;
+        case Divergence::reverse_kl: return Cross::reverse_kl;
+        default: return Cross::none;
+    }
+}
+
+template <Cross kind>
+static void teacher_tile(const float* t, const float* s, const float* student_exponentials, int64_t n, float teacher_max,
+                         float teacher_scale, float max, float scale, double& teacher_sum, double& cross_sum) {
+    vf exponentials = splat(0.0f), cross = splat(0.0f);
+    for (int64_t i = 0; i < n; i += W) {
+        const vf xt = scaled(load(t + i), teacher_max, teacher_scale);
+        const vf e = exp2(xt);
+        exponentials += e;
+        if (kind == Cross::none) continue;
+        const vf xs = scaled(load(s + i), max, scale);
+        if (kind == Cross::forward_kl) cross += e * (xt - xs);
+        if (kind == Cross::cross_entropy) cross -= e * xs;
+        if (kind == Cross::reverse_kl) cross += load(student_exponentials + i) * (xs - xt);
+    }
+    teacher_sum = sum(exponentials);
+    cross_sum = sum(cross);
+}
+
+static void squared_tile(const float* t, const float* s, int64_t n, double& squares, double& count) {
+    vf total_squares = splat(0.0f), total_count = splat(0.0f);
+    for (int64_t i = 0; i < n; i += W) {
+        const vf a = load(s + i), b = load(t + i);
+        const vi masked = (a == -kInfinity) & (b == -kInfinity);
+        const vf difference = a - b;
+        total_squares += select(masked, splat(0.0f), difference * difference);
+        total_count += select(masked, splat(0.0f), splat(1.0f));
+    }
+    squares = sum(total_squares);
+    count = sum(total_count);
+}
+
+// Raises a maximum to cover the tile, and returns by how much the scaled logits move down (0 or less).
+FASTKD_INLINE double raise(float& max, float highest, float scale) {
+    if (!(highest > max)) return 0;
+    const double moved = shift(max, highest, scale);
+    max = highest;
+    return moved;
+}
+
+FASTKD_INLINE void add_teacher(const LogitRow& row, int32_t k, int64_t begin, int64_t n, const float* s,
+                               const float* exponentials, const StudentSums& student, double moved, TeacherSums& sums) {
+    Tile scratch;
+    const float* t = fetch(row.teachers[k], begin, n, scratch);
+    const float scale = row.teacher_scale[k];
+    const Cross kind = cross_of(row.divergence);
+    float highest, lowest;
+    extremes(t, n, highest, lowest);
+    sums.masked |= lowest == -kInfinity;
+    const double teacher_moved = raise(sums.max, highest, scale);
+    // When both maxima move, x_t - x_s moves by the difference, and what it is weighted with shrinks.
+    const double shrink = teacher_moved == 0 ? 1 : __builtin_exp2(teacher_moved);
+    if (moved != 0 || teacher_moved != 0) {
+        if (kind == Cross::forward_kl) sums.cross = (sums.cross + (teacher_moved - moved) * sums.sum) * shrink;
+        if (kind == Cross::cross_entropy) sums.cross = (sums.cross - moved * sums.sum) * shrink;
+        if (kind == Cross::reverse_kl) {
+            sums.cross = (sums.cross * (moved == 0 ? 1 : __builtin_exp2(moved))) + (moved - teacher_moved) * student.sum;
+        }
+    }
+    sums.sum *= shrink;
+    double tile_sum, tile_cross, count = 0;
+    const int64_t whole = padded(n);
+    switch (kind) {
+        case Cross::none: teacher_tile<Cross::none>(t, s, exponentials, whole, sums.max, scale, student.max, row.scale, tile_sum, tile_cross); break;
+        case Cross::forward_kl: teacher_tile<Cross::forward_kl>(t, s, exponentials, whole, sums.max, scale, student.max, row.scale, tile_sum, tile_cross); break;
+        case Cross::cross_entropy: teacher_tile<Cross::cross_entropy>(t, s, exponentials, whole, sums.max, scale, student.max, row.scale, tile_sum, tile_cross); break;
+        case Cross::reverse_kl: teacher_tile<Cross::reverse_kl>(t, s, exponentials, whole, sums.max, scale, student.max, row.scale, tile_sum, tile_cross); break;
+    }
+    if (row.divergence == Divergence::mse) squared_tile(t, s, whole, tile_cross, count);
+    sums.sum += tile_sum;
+    sums.cross += tile_cross;
+    sums.count += count;
+}
+
+void statistics(const LogitRow& row, StudentSums& student, TeacherSums* teachers) {
+    Tile scratch, exponentials;
+    const bool keep = row.divergence == Divergence::reverse_kl;
+    const int64_t shared = row.soft ? row.shared : 0;
+    for (int64_t begin = 0; begin < shared; begin += kTile) {
+        const int64_t n = shared - begin < kTile ? shared - begin : kTile;
+        const float* s = fetch(row.student, begin, n, scratch);
+        float highest, lowest;
+        extremes(s, n, highest, lowest);
+        student.masked |= lowest == -kInfinity;
+        const float before = student.max;
+        const double moved = raise(student.max, highest, row.scale);
+        if (moved != 0) {
+            student.sum *= __builtin_exp2(moved);
+            student.hard_sum *= __builtin_exp2(shift(before, student.max, kLog2e));
+        }
+        double soft_sum = 0, hard_sum = 0;
+        student_tile(row.hard, s, padded(n), student.max, row.scale, keep ? exponentials.data : nullptr, soft_sum, hard_sum);
+        if (row.total) student.total += total(s, n);
+        for (int32_t k = 0; k < row.teacher_count; ++k) {
+            if (row.teacher_scale[k] != 0) add_teacher(row, k, begin, n, s, exponentials.data, student, moved, teachers[k]);
+        }
+        student.sum += soft_sum;
+        student.hard_sum += hard_sum;
+    }
+    student.hard_max = student.max;
+    if (row.hard == Hard::none) return;
+    for (int64_t begin = shared; begin < row.vocabulary; begin += kTile) {
+        const int64_t n = row.vocabulary - begin < kTile ? row.vocabulary - begin : kTile;
+        const float* s = fetch(row.student, begin, n, scratch);
+        float highest, lowest;
+        extremes(s, n, highest, lowest);
+        const double moved = raise(student.hard_max, highest, kLog2e);
+        double soft_sum = 0, hard_sum = 0;
+        student_tile<Hard::same>(s, padded(n), student.hard_max, kLog2e, nullptr, soft_sum, hard_sum);
+        student.hard_sum = student.hard_sum * (moved == 0 ? 1 : __builtin_exp2(moved)) + hard_sum;
+        if (row.total) student.total += total(s, n);
+    }
+}
+
+template <class Piece>
+static void divergence_sums(const LogitRow& row, int32_t k, Normaliser student, Normaliser teacher, double* value, double* omega) {
+    Tile student_scratch, teacher_scratch;
+    const Piece piece(row.beta);
+    *value = *omega = 0;
+    for (int64_t begin = 0; begin < row.shared; begin += kTile) {
+        const int64_t n = row.shared - begin < kTile ? row.shared - begin : kTile;
+        const float* s = fetch(row.student, begin, n, student_scratch);
+        const float* t = fetch(row.teachers[k], begin, n, teacher_scratch);
+        vf values = splat(0.0f), weights = splat(0.0f);
+        for (int64_t i = 0; i < padded(n); i += W) {
+            const vf lq = scaled(load(s + i), student.max, row.scale) - student.log_sum;
+            const vf lp = scaled(load(t + i), teacher.max, row.teacher_scale[k]) - teacher.log_sum;
+            const Term term = piece(lp, lq);
+            values += term.v;
+            weights += term.w;
+        }
+        *value += sum(values);
+        *omega += sum(weights);
+    }
+}
+
+void divergence(const LogitRow& row, int32_t k, Normaliser student, Normaliser teacher, double* value, double* omega) {
+    switch (row.divergence) {
+        case Divergence::jsd: return divergence_sums<Jsd>(row, k, student, teacher, value, omega);
+        case Divergence::skew_kl: return divergence_sums<SkewKl>(row, k, student, teacher, value, omega);
+        case Divergence::skew_reverse_kl: return divergence_sums<SkewReverseKl>(row, k, student, teacher, value, omega);
+        case Divergence::tvd: return divergence_sums<Tvd>(row, k, student, teacher, value, omega);
+        default: return;  // the others come out of `statistics`
+    }
+}
+
+// out = coefficient * W, and in the pass of the first teacher the student's own terms.
+template <class Piece, Hard hard>
+static void gradient_tile(const LogitRow& row, const LogitGradient& g, int32_t k, bool first, const float* s, const float* t,
+                          int64_t n, float* out) {
+    const Piece piece(row.beta);
+    const Normaliser student = g.student, teacher = g.teachers[k];
+    const float scale = row.scale, teacher_scale = row.teacher_scale[k], coefficient = g.teacher_coefficient[k];
+    for (int64_t i = 0; i < n; i += W) {
+        const vf logits = load(s + i);
+        const vf lq = scaled(logits, student.max, scale) - student.log_sum;
+        const vf lp = scaled(load(t + i), teacher.max, teacher_scale) - teacher.log_sum;
+        const Term term = piece(lp, lq);
+        vf grad = coefficient * term.w;
+        if (first) {
+            const vf q = term.q;
+            grad += g.student_coefficient * q + g.constant;
+            if (hard == Hard::square) grad += g.power_coefficient * (q * q);
+            if (hard == Hard::fourth) grad += g.power_coefficient * ((q * q) * (q * q));
+            if (hard == Hard::separate) grad += g.hard_coefficient * exp2(scaled(logits, g.hard.max, kLog2e) - g.hard.log_sum);
+        } else {
+            grad += load(out + i);
+        }
+        store(out + i, grad);
+    }
+}
+
+template <class Piece>
+static void gradient_tile(const LogitRow& row, const LogitGradient& g, int32_t k, bool first, const float* s, const float* t,
+                          int64_t n, float* out) {
+    switch (first ? row.hard : Hard::none) {
+        case Hard::none:
+        case Hard::same: return gradient_tile<Piece, Hard::none>(row, g, k, first, s, t, n, out);
+        case Hard::square: return gradient_tile<Piece, Hard::square>(row, g, k, first, s, t, n, out);
+        case Hard::fourth: return gradient_tile<Piece, Hard::fourth>(row, g, k, first, s, t, n, out);
+        case Hard::separate: return gradient_tile<Piece, Hard::separate>(row, g, k, first, s, t, n, out);
+    }
+}
+
+static void mse_gradient_tile(float coefficient, bool first, float constant, const float* s, const float* t, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; i += W) {
+        const vf a = load(s + i), b = load(t + i);
+        const vi masked = (a == -kInfinity) & (b == -kInfinity);
+        const vf grad = coefficient * select(masked, splat(0.0f), a - b);
+        store(out + i, grad + (first ? splat(constant) : load(out + i)));
+    }
+}
+
+// The hard term alone: ids that are not shared, mse, and rows without a soft term.
+static void hard_gradient_tile(const LogitGradient& g, bool add, const float* s, int64_t n, float* out) {
+    for (int64_t i = 0; i < n; i += W) {
+        const vf q = exp2(scaled(load(s + i), g.hard.max, kLog2e) - g.hard.log_sum);
+        store(out + i, g.hard_coefficient * q + (add ? load(out + i) : splat(g.constant)));
+    }
+}
+
+static void teacher_gradient(const LogitRow& row, const LogitGradient& g, int32_t k, bool first, const float* s, const float* t,
+                             int64_t n, float* out) {
+    switch (row.divergence) {
+        case Divergence::forward_kl:
+        case Divergence::cross_entropy: return gradient_tile<ForwardKl>(row, g, k, first, s, t, n, out);
+        case Divergence::reverse_kl: return gradient_tile<ReverseKl>(row, g, k, first, s, t, n, out);
+        case Divergence::jsd: return gradient_tile<Jsd>(row, g, k, first, s, t, n, out);
+        case Divergence::skew_kl: return gradient_tile<SkewKl>(row, g, k, first, s, t, n, out);
+        case Divergence::skew_reverse_kl: return gradient_tile<SkewReverseKl>(row, g, k, first, s, t, n, out);
+        case Divergence::tvd: return gradient_tile<Tvd>(row, g, k, first, s, t, n, out);
+        case Divergence::mse: return mse_gradient_tile(g.teacher_coefficient[k], first, g.constant, s, t, n, out);
+    }
+}
+
+template <vh (*narrow)(vf)>
+FASTKD_INLINE void narrow_into(uint16_t* out, const float* x, int64_t n) {
+    int64_t i = 0;
+    for (; i + W <= n; i += W) {
+        const vh half = narrow(load(x + i));
+        __builtin_memcpy(out + i, &half, sizeof half);
+    }
+    if (i < n) {
+        const vh half = narrow(load(x + i));
+        __builtin_memcpy(out + i, &half, (n - i) * sizeof(uint16_t));
+    }
+}
+
+static void write(void* grad, Dtype dtype, int64_t begin, const float* x, int64_t n) {
+    if (dtype == Dtype::float32) {
+        __builtin_memcpy(static_cast<float*>(grad) + begin, x, n * sizeof(float));
+    } else if (dtype == Dtype::bfloat16) {
+        narrow_into<narrow_bfloat16>(static_cast<uint16_t*>(grad) + begin, x, n);
+    } else {
+        narrow_into<narrow_float16>(static_cast<uint16_t*>(grad) + begin, x, n);
+    }
+}
+
+void gradient(const LogitRow& row, const LogitGradient& g, void* grad) {
+    Tile student_scratch, teacher_scratch, out;
+    const int64_t shared = row.soft ? row.shared : 0;
+    for (int64_t begin = 0; begin < row.vocabulary;) {
+        const bool soft = begin < shared;
+        const int64_t end = soft ? shared : row.vocabulary;
+        const int64_t n = end - begin < kTile ? end - begin : kTile, whole = padded(n);
+        const float* s = fetch(row.student, begin, n, student_scratch);
+        bool first = true;
+        for (int32_t k = 0; soft && k < row.teacher_count; ++k) {
+            if (row.teacher_scale[k] == 0) continue;
+            const float* t = fetch(row.teachers[k], begin, n, teacher_scratch);
+            teacher_gradient(row, g, k, first, s, t, whole, out.data);
+            first = false;
+        }
+        // A soft tile has its hard term already, unless mse (which has no q) or no teacher was there to bring it.
+        const bool brought = !first && row.divergence != Divergence::mse;
+        if (row.hard != Hard::none && !brought) {
+            hard_gradient_tile(g, !first, s, whole, out.data);
+        } else if (first) {
+            for (int64_t i = 0; i < whole; i += W) store(out.data + i, splat(0.0f));
+        }
+        if (g.label >= begin && g.label < begin + n) out.data[g.label - begin] += g.label_coefficient;
+        write(grad, row.student.dtype, begin, out.data, n);
+        begin += n;
+    }
+}
+
+int64_t best(const Row& row, int64_t n) {
+    Tile scratch;
+    float best_value = -kInfinity;
+    int64_t best_tile = 0;
+    for (int64_t begin = 0; begin < n; begin += kTile) {
+        const int64_t length = n - begin < kTile ? n - begin : kTile;
+        float highest, lowest;
+        extremes(fetch(row, begin, length, scratch), length, highest, lowest);
+        if (highest > best_value) best_value = highest, best_tile = begin;
+    }
+    const int64_t length = n - best_tile < kTile ? n - best_tile : kTile;
+    const float* x = fetch(row, best_tile, length, scratch);
+    for (int64_t i = 0; i < length; ++i) {
+        if (x[i] == best_value) return best_tile + i;
+    }
+    return 0;
+}
+
+}  // namespace
+}  // namespace fastkd

@@ -1,0 +1,301 @@
+#include "logit_rows.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "isa.h"
+#include "threads.h"
+
+namespace fastkd {
+namespace {
+
+// The columns of the state: fastkd/_rows.py.
+enum { kWeight, kHard, kSoft, kStudentMax, kStudentLogsum, kHardMax, kHardLogsum, kTargetAgrees, kTeacherAgrees, kFirstTeacher };
+enum { kTeacherMax, kTeacherLogsum, kOmega, kTeacherColumns };
+
+constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN(), kInfinity = std::numeric_limits<double>::infinity();
+
+float value_at(const Row& row, int64_t i) {
+    if (row.dtype == Dtype::float32) return static_cast<const float*>(row.data)[i];
+    const uint32_t h = static_cast<const uint16_t*>(row.data)[i];
+    if (row.dtype == Dtype::bfloat16) {
+        const uint32_t bits = h << 16;
+        float value;
+        __builtin_memcpy(&value, &bits, sizeof value);
+        return value;
+    }
+    const int exponent = (h >> 10) & 31, mantissa = h & 1023;
+    const double magnitude = exponent == 31 ? (mantissa ? kNan : kInfinity)
+                             : exponent     ? std::ldexp(1024 + mantissa, exponent - 25)
+                                            : std::ldexp(mantissa, -24);
+    return static_cast<float>(h & 0x8000 ? -magnitude : magnitude);
+}
+
+// Some id at -inf in `absent` is not at -inf in `present`: the divergence is infinite. Only rows with a mask come here.
+bool unmatched(const Row& absent, const Row& present, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        if (value_at(absent, i) == -kInfinity && value_at(present, i) != -kInfinity) return true;
+    }
+    return false;
+}
+
+bool usable(const Row& row, int64_t n) {
+    bool finite = false;
+    for (int64_t i = 0; i < n; ++i) {
+        const float x = value_at(row, i);
+        if (std::isnan(x) || x == kInfinity) return false;
+        finite |= std::isfinite(x);
+    }
+    return finite;
+}
+
+// log sum exp relative to the maximum; NaN for a row with no finite logit.
+double logsum(double sum) { return sum > 0 ? std::log(sum) : kNan; }
+
+Normaliser normaliser(const float* state) { return {state[0], static_cast<float>(state[1] * kLog2e)}; }
+
+// What the pieces need to know of one row, and which of its terms have a weight at all.
+struct RowTask {
+    LogitRow row;
+    std::vector<Row> teachers;
+    std::vector<float> teacher_scale;
+    bool hard, soft;
+    double alpha, temperature;
+    float weight;
+    int64_t label;
+
+    explicit RowTask(const LogitProblem& p) : teachers(p.teachers.size()), teacher_scale(p.teachers.size()) {}
+
+    void set(const LogitProblem& p, int64_t i) {
+        const bool mse = p.divergence == Divergence::mse;
+        label = p.target ? p.target[i] : -1;
+        const bool ignored = p.target && label == p.ignore_index;
+        weight = ignored ? 0 : static_cast<float>(p.row_weight[i]);
+        alpha = p.alpha[i];
+        temperature = p.temperature[i];
+        hard = p.target && weight != 0 && alpha != 0;
+        soft = !p.teachers.empty() && weight != 0 && alpha != 1;
+        for (size_t k = 0; k < teachers.size(); ++k) {
+            teachers[k] = p.teachers[k].row(i);
+            const bool counts = soft && p.teacher_weight[k][i] != 0;
+            teacher_scale[k] = counts ? static_cast<float>(kLog2e / (mse ? 1.0 : p.teacher_temperature[k][i])) : 0;
+        }
+        row = {p.student.row(i), teachers.data(), static_cast<int32_t>(teachers.size()), p.vocabulary, p.shared,
+               p.divergence,     p.beta,          soft, Hard::none, p.label_smoothing > 0,
+               static_cast<float>(kLog2e / (mse ? 1.0 : temperature)), teacher_scale.data()};
+        if (hard) row.hard = mse || !soft ? Hard::same : power(temperature);
+    }
+
+    static Hard power(double temperature) {
+        if (temperature == 1) return Hard::same;
+        if (temperature == 2) return Hard::square;
+        return temperature == 4 ? Hard::fourth : Hard::separate;
+    }
+};
+
+struct Divided {
+    double value, omega;
+};
+
+// The value and omega of one teacher, finished from its sums.
+Divided finish(const RowTask& task, int32_t k, const LogitKernels& kernels, const StudentSums& student,
+               const TeacherSums& teacher, const float* state) {
+    const LogitRow& row = task.row;
+    const double zs = student.sum, zt = teacher.sum;
+    switch (row.divergence) {
+        case Divergence::forward_kl:
+        case Divergence::cross_entropy: {
+            const bool kl = row.divergence == Divergence::forward_kl;
+            double value = kLn2 * (teacher.cross / zt + std::log2(kl ? zs / zt : zs));
+            if (student.masked && std::isfinite(value) && unmatched(row.student, row.teachers[k], row.shared)) value = kInfinity;
+            return {zs > 0 && zt > 0 ? value : kNan, -1};
+        }
+        case Divergence::reverse_kl: {
+            double value = kLn2 * (teacher.cross / zs + std::log2(zt / zs));
+            if (teacher.masked && std::isfinite(value) && unmatched(row.teachers[k], row.student, row.shared)) value = kInfinity;
+            if (!(zs > 0 && zt > 0)) value = kNan;
+            return {value, value};
+        }
+        case Divergence::mse: {
+            const bool valid = usable(row.student, row.shared) && usable(row.teachers[k], row.shared);
+            const double value = valid ? teacher.cross / teacher.count : kNan;
+            return {value, std::isfinite(value) ? teacher.count : value};
+        }
+        default: {
+            Divided result;
+            const float* columns = state + kFirstTeacher + kTeacherColumns * k;
+            kernels.divergence(row, k, normaliser(state + kStudentMax), normaliser(columns), &result.value, &result.omega);
+            return result;
+        }
+    }
+}
+
+void soft_term(const LogitProblem& p, int64_t i, RowTask& task, const LogitKernels& kernels, const StudentSums& student,
+               const std::vector<TeacherSums>& teachers, float* state) {
+    state[kStudentMax] = student.max;
+    state[kStudentLogsum] = static_cast<float>(logsum(student.sum));
+    const double t = task.temperature, squared = p.scale_by_t2 && p.divergence != Divergence::mse ? t * t : 1;
+    double soft = 0;
+    for (int32_t k = 0; k < task.row.teacher_count; ++k) {
+        if (task.teacher_scale[k] == 0) continue;
+        float* columns = state + kFirstTeacher + kTeacherColumns * k;
+        columns[kTeacherMax] = teachers[k].max;
+        columns[kTeacherLogsum] = static_cast<float>(logsum(teachers[k].sum));
+        const Divided divided = finish(task, k, kernels, student, teachers[k], state);
+        columns[kOmega] = static_cast<float>(divided.omega);
+        soft += p.teacher_weight[k][i] * squared * divided.value;
+    }
+    state[kSoft] = static_cast<float>(soft);
+}
+
+void hard_term(const LogitProblem& p, const RowTask& task, const StudentSums& student, float* state) {
+    const double highest = student.hard_max, log_sum = logsum(student.hard_sum), eps = p.label_smoothing;
+    double hard = p.z_loss * (highest + log_sum) * (highest + log_sum);
+    if (eps < 1) hard += (1 - eps) * (log_sum - (value_at(task.row.student, task.label) - highest));
+    if (eps > 0) hard += eps * (log_sum - (student.total / p.vocabulary - highest));
+    state[kHard] = static_cast<float>(std::isnan(log_sum) ? kNan : hard);
+    state[kHardMax] = student.hard_max;
+    state[kHardLogsum] = static_cast<float>(log_sum);
+}
+
+void agreement(const LogitProblem& p, int64_t i, const RowTask& task, const LogitKernels& kernels, float* state) {
+    const int64_t student = kernels.best(task.row.student, p.vocabulary);
+    if (p.target) state[kTargetAgrees] = student == task.label;
+    double share = 0;
+    for (size_t k = 0; k < task.teachers.size(); ++k) {
+        if (student == kernels.best(task.teachers[k], p.shared)) share += p.teacher_weight[k][i];
+    }
+    state[kTeacherAgrees] = static_cast<float>(share);
+}
+
+// A row of the state, and weight * (alpha H + (1 - alpha) S). A term of weight 0 was left at 0, whatever it multiplies.
+double forward_row(const LogitProblem& p, int64_t i, RowTask& task, const LogitKernels& kernels,
+                   std::vector<TeacherSums>& teachers, float* state) {
+    task.set(p, i);
+    std::fill(state, state + kFirstTeacher + kTeacherColumns * p.teachers.size(), 0.0f);
+    state[kWeight] = task.weight;
+    if (task.weight == 0) return 0;
+    if (task.hard || task.soft) {
+        StudentSums student;
+        std::fill(teachers.begin(), teachers.end(), TeacherSums());
+        kernels.statistics(task.row, student, teachers.data());
+        if (task.soft) soft_term(p, i, task, kernels, student, teachers, state);
+        if (task.hard) hard_term(p, task, student, state);
+    }
+    if (p.agreement) agreement(p, i, task, kernels, state);
+    const double alpha = task.alpha;
+    return task.weight * (alpha * state[kHard] + (1 - alpha) * state[kSoft]);
+}
+
+void backward_row(const LogitProblem& p, int64_t i, RowTask& task, const LogitKernels& kernels,
+                  std::vector<Normaliser>& teachers, std::vector<float>& coefficients, const float* state,
+                  double upstream, void* grad) {
+    task.set(p, i);
+    const double weight = task.weight == 0 ? 0 : upstream * task.weight, alpha = task.alpha, t = task.temperature;
+    const bool mse = p.divergence == Divergence::mse;
+    LogitGradient g = {};
+    g.student = normaliser(state + kStudentMax);
+    double student_coefficient = 0;
+    for (size_t k = 0; k < task.teachers.size(); ++k) {
+        const float* columns = state + kFirstTeacher + kTeacherColumns * k;
+        const double omega = columns[kOmega];
+        double coefficient = weight * (1 - alpha) * p.teacher_weight[k][i] * (mse ? 2 / omega : p.scale_by_t2 ? t : 1 / t);
+        if (omega == kInfinity || weight == 0) coefficient = 0;
+        if (coefficient == 0) task.teacher_scale[k] = 0;
+        teachers[k] = normaliser(columns);
+        coefficients[k] = static_cast<float>(coefficient);
+        if (task.teacher_scale[k] != 0) student_coefficient -= coefficient * omega;
+    }
+    g.teachers = teachers.data();
+    g.teacher_coefficient = coefficients.data();
+    g.label = -1;
+    const double hard = weight * alpha;
+    if (!task.hard || hard == 0) task.row.hard = Hard::none;
+    if (task.row.hard != Hard::none) {
+        const double highest = state[kHardMax], log_sum = state[kHardLogsum];
+        const double coefficient = hard * (1 + 2 * p.z_loss * (highest + log_sum));
+        g.hard = normaliser(state + kHardMax);
+        g.hard_coefficient = static_cast<float>(coefficient);
+        g.constant = static_cast<float>(-hard * p.label_smoothing / p.vocabulary);
+        g.label_coefficient = static_cast<float>(-hard * (1 - p.label_smoothing));
+        g.label = task.label;
+        // exp(s) = exp(s / T)^T: with q = exp((s - m) / T - z) the hard probability is q^T exp(T z + m - m_1 - z_1).
+        const double ratio = std::exp(t * state[kStudentLogsum] + state[kStudentMax] - highest - log_sum);
+        if (task.row.hard == Hard::same && task.soft && !mse) student_coefficient += coefficient * ratio;
+        g.power_coefficient = static_cast<float>(coefficient * ratio);
+    }
+    g.student_coefficient = static_cast<float>(student_coefficient);
+    kernels.gradient(task.row, g, grad);
+}
+
+// A fresh allocation of hundreds of megabytes is paid for page by page: huge pages make that 512 times fewer.
+void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    constexpr int64_t kHugePage = 2 << 20;
+    const auto address = reinterpret_cast<uintptr_t>(data), page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+    const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
+    if (bytes >= 4 * kHugePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
+}  // namespace
+
+Fault find_fault(const LogitProblem& p) {
+    const auto positive = [](double t) { return t > 0; };
+    for (int64_t i = 0; i < p.rows; ++i) {
+        if (p.target) {
+            const int64_t label = p.target[i];
+            if (label != p.ignore_index && (label < 0 || label >= p.vocabulary)) {
+                return {Fault::target, static_cast<double>(label)};
+            }
+        }
+        if (!positive(p.temperature[i])) return {Fault::temperature, p.temperature[i]};
+        for (const ByRow& temperature : p.teacher_temperature) {
+            if (!positive(temperature[i])) return {Fault::teacher_temperature, temperature[i]};
+        }
+    }
+    return {};
+}
+
+void logit_forward(const LogitProblem& p, bool reduce, double divisor, float* loss, float* state, float* scale) {
+    const LogitKernels& kernels = active_instruction_set().logit;
+    const int64_t width = kFirstTeacher + kTeacherColumns * static_cast<int64_t>(p.teachers.size());
+    std::vector<double> losses(reduce ? p.rows : 0);
+    for_each_row(p.rows, p.vocabulary, p.threads, [&](int64_t i) {
+        RowTask task(p);
+        std::vector<TeacherSums> teachers(p.teachers.size());
+        const double row = forward_row(p, i, task, kernels, teachers, state + i * width);
+        if (reduce) losses[i] = row; else loss[i] = static_cast<float>(row);
+    });
+    double sum = 0, weights = 0;
+    for (int64_t i = 0; i < p.rows; ++i) {
+        if (reduce) sum += losses[i];
+        weights += state[i * width + kWeight];
+    }
+    if (divisor < 0) divisor = weights;
+    *scale = divisor == 0 ? 0 : static_cast<float>(1 / divisor);
+    if (reduce) *loss = divisor == 0 ? 0 : static_cast<float>(sum / divisor);
+}
+
+void logit_backward(const LogitProblem& p, const float* state, ByRow upstream, void* grad, int64_t grad_stride, bool fresh) {
+    const LogitKernels& kernels = active_instruction_set().logit;
+    const int64_t width = kFirstTeacher + kTeacherColumns * static_cast<int64_t>(p.teachers.size());
+    const int64_t bytes = grad_stride * (p.student.dtype == Dtype::float32 ? 4 : 2);
+    if (fresh) prefer_huge_pages(grad, p.rows * bytes);
+    for_each_row(p.rows, p.vocabulary, p.threads, [&](int64_t i) {
+        RowTask task(p);
+        std::vector<Normaliser> teachers(p.teachers.size());
+        std::vector<float> coefficients(p.teachers.size());
+        backward_row(p, i, task, kernels, teachers, coefficients, state + i * width, upstream[i],
+                     static_cast<char*>(grad) + i * bytes);
+    });
+}
+
+}  // namespace fastkd

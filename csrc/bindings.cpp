@@ -55,14 +55,14 @@ std::tuple<int, double> forward(const LogitProblem& p, bool reduce, double divis
     const py::gil_scoped_release release;
     const Fault fault = find_fault(p);
     if (fault.kind != Fault::none) return {fault.kind, fault.got};
-    logit_forward(p, reduce, divisor, reinterpret_cast<float*>(loss), reinterpret_cast<float*>(state),
-                  reinterpret_cast<float*>(scale));
+    logit_forward(p, reduce, divisor, reinterpret_cast<float*>(loss), reinterpret_cast<double*>(state),
+                  reinterpret_cast<double*>(scale));
     return {Fault::none, 0};
 }
 
 void backward(const LogitProblem& p, Address state, const ByRowTuple& upstream, Address grad, int64_t stride, bool fresh) {
     const py::gil_scoped_release release;
-    logit_backward(p, reinterpret_cast<const float*>(state), by_row(upstream), reinterpret_cast<void*>(grad), stride, fresh);
+    logit_backward(p, reinterpret_cast<const double*>(state), by_row(upstream), reinterpret_cast<void*>(grad), stride, fresh);
 }
 
 }  // namespace

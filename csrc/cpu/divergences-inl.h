@@ -1,5 +1,8 @@
-// A divergence is one piece: from log2 p_j and log2 q_j, the value v_j (natural logarithms), W_j = q_j dv_j/dq_j up to a
-// multiple of q_j, and q_j. The derivations are in fastkd/reference/logit.py.
+// A divergence is one piece: from the scaled logits x_t and x_s (see Normaliser) the value v_j in nats, W_j = q_j dv_j/dq_j
+// up to a multiple of q_j, and q_j. The derivations are in fastkd/reference/logit.py.
+//
+// W is what a subtraction leaves most of: dD/ds_j = W_j - q_j omega is far below omega where q_j is near 1. So W and omega
+// are formed from the same floats.
 #include "vec.h"
 
 namespace fastkd {
@@ -9,26 +12,37 @@ struct Term {
     vf v, w, q;
 };
 
-struct ForwardKl {
-    explicit ForwardKl(float) {}
-    Term operator()(vf lp, vf lq) const {
-        const vf p = exp2(lp);
-        return {p * (lp - lq) * kLn2, -p, exp2(lq)};
+struct Piece {
+    float beta, inverse_t, inverse_s, offset;  // offset: log2 of the teacher's sum over the student's
+
+    Piece(float beta, const Normaliser& teacher, const Normaliser& student)
+        : beta(beta),
+          inverse_t(teacher.inverse_sum),
+          inverse_s(student.inverse_sum),
+          offset(static_cast<float>(teacher.log_sum - student.log_sum)) {}
+};
+
+struct ForwardKl : Piece {
+    using Piece::Piece;
+    Term operator()(vf xt, vf xs) const {
+        const vf p = exp2(xt) * inverse_t;
+        return {p * (xt - xs - offset) * kLn2, -p, exp2(xs) * inverse_s};
     }
 };
 
-struct ReverseKl {
-    explicit ReverseKl(float) {}
-    Term operator()(vf lp, vf lq) const {
-        const vf q = exp2(lq), v = q * (lq - lp) * kLn2;
-        return {v, v, q};
+// W = q (x_s - x_t), in bits: the logarithms of the sums are the same for all ids, and cancel.
+struct ReverseKl : Piece {
+    using Piece::Piece;
+    Term operator()(vf xt, vf xs) const {
+        const vf q = exp2(xs) * inverse_s;
+        return {q * (xs - xt + offset) * kLn2, q * (xs - xt), q};
     }
 };
 
-struct Tvd {
-    explicit Tvd(float) {}
-    Term operator()(vf lp, vf lq) const {
-        const vf p = exp2(lp), q = exp2(lq), difference = q - p;
+struct Tvd : Piece {
+    using Piece::Piece;
+    Term operator()(vf xt, vf xs) const {
+        const vf p = exp2(xt) * inverse_t, q = exp2(xs) * inverse_s, difference = q - p;
         const vf half = select(difference > 0.0f, splat(0.5f), select(difference < 0.0f, splat(-0.5f), difference));
         return {0.5f * abs(difference), q * half, q};
     }
@@ -41,12 +55,13 @@ struct Mixture {
     vf log_p_over_m, log_q_over_m;    // natural
     vf one_minus_p_over_m, one_minus_q_over_m;
 
-    Mixture(vf lp, vf lq, float share) {
-        const vf d = lp - lq, distance = at_most(abs(d), splat(300.0f));
+    Mixture(const Piece& piece, vf xt, vf xs, float share) {
+        const vf d = xt - xs - piece.offset, distance = at_most(abs(d), splat(300.0f));
         const vi p_smaller = d <= 0.0f;
         vf ratio, ratio_minus_1;
         exp2_and_m1(-distance, ratio, ratio_minus_1);
-        const vf larger = exp2(select(p_smaller, lq, lp)), smaller = larger * ratio;
+        const vf inverse_larger = select(p_smaller, splat(piece.inverse_s), splat(piece.inverse_t));
+        const vf larger = exp2(select(p_smaller, xs, xt)) * inverse_larger, smaller = larger * ratio;
         const vf weight = select(p_smaller, splat(share), splat(1.0f - share));
         const vf z = weight * ratio_minus_1;  // m / larger - 1
         const vf log_m = log1p_natural(z), inverse = 1.0f / (1.0f + z);
@@ -61,30 +76,27 @@ struct Mixture {
     }
 };
 
-struct Jsd {
-    float beta;
-    explicit Jsd(float beta) : beta(beta) {}
-    Term operator()(vf lp, vf lq) const {
-        const Mixture m(lp, lq, beta);
+struct Jsd : Piece {
+    using Piece::Piece;
+    Term operator()(vf xt, vf xs) const {
+        const Mixture m(*this, xt, xs, beta);
         const vf w = (1.0f - beta) * m.q * m.log_q_over_m;
         return {beta * m.p * m.log_p_over_m + w, w, m.q};
     }
 };
 
-struct SkewKl {
-    float beta;
-    explicit SkewKl(float beta) : beta(beta) {}
-    Term operator()(vf lp, vf lq) const {
-        const Mixture m(lp, lq, beta);
+struct SkewKl : Piece {
+    using Piece::Piece;
+    Term operator()(vf xt, vf xs) const {
+        const Mixture m(*this, xt, xs, beta);
         return {m.p * m.log_p_over_m, (1.0f - beta) * m.q * m.one_minus_p_over_m, m.q};
     }
 };
 
-struct SkewReverseKl {
-    float beta;
-    explicit SkewReverseKl(float beta) : beta(beta) {}
-    Term operator()(vf lp, vf lq) const {
-        const Mixture m(lp, lq, 1.0f - beta);
+struct SkewReverseKl : Piece {
+    using Piece::Piece;
+    Term operator()(vf xt, vf xs) const {
+        const Mixture m(*this, xt, xs, 1.0f - beta);
         return {m.q * m.log_q_over_m, m.q * (m.log_q_over_m + beta * m.one_minus_q_over_m), m.q};
     }
 };

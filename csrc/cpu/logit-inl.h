@@ -241,10 +241,13 @@ void statistics(const LogitRow& row, StudentSums& student, TeacherSums* teachers
     }
 }
 
-template <class Piece>
-static void divergence_sums(const LogitRow& row, int32_t k, Normaliser student, Normaliser teacher, double* value, double* omega) {
+FASTKD_INLINE vf scaled(vf logits, const Normaliser& side) { return scaled(logits, side.max, side.scale); }
+
+template <class Divergence>
+static void divergence_sums(const LogitRow& row, int32_t k, const Normaliser& student, const Normaliser& teacher,
+                            double* value, double* omega) {
     Tile student_scratch, teacher_scratch;
-    const Piece piece(row.beta);
+    const Divergence piece(row.beta, teacher, student);
     *value = *omega = 0;
     for (int64_t begin = 0; begin < row.shared; begin += kTile) {
         const int64_t n = row.shared - begin < kTile ? row.shared - begin : kTile;
@@ -252,18 +255,16 @@ static void divergence_sums(const LogitRow& row, int32_t k, Normaliser student, 
         const float* t = fetch(row.teachers[k], begin, n, teacher_scratch);
         vf values = splat(0.0f), weights = splat(0.0f);
         for (int64_t i = 0; i < padded(n); i += W) {
-            const vf lq = scaled(load(s + i), student.max, row.scale) - student.log_sum;
-            const vf lp = scaled(load(t + i), teacher.max, row.teacher_scale[k]) - teacher.log_sum;
-            const Term term = piece(lp, lq);
+            const Term term = piece(scaled(load(t + i), teacher), scaled(load(s + i), student));
             values += term.v;
-            weights += term.w;
+            weights += rounded(term.w);
         }
         *value += sum(values);
         *omega += sum(weights);
     }
 }
 
-void divergence(const LogitRow& row, int32_t k, Normaliser student, Normaliser teacher, double* value, double* omega) {
+void divergence(const LogitRow& row, int32_t k, const Normaliser& student, const Normaliser& teacher, double* value, double* omega) {
     switch (row.divergence) {
         case Divergence::jsd: return divergence_sums<Jsd>(row, k, student, teacher, value, omega);
         case Divergence::skew_kl: return divergence_sums<SkewKl>(row, k, student, teacher, value, omega);
@@ -273,25 +274,23 @@ void divergence(const LogitRow& row, int32_t k, Normaliser student, Normaliser t
     }
 }
 
-// out = coefficient * W, and in the pass of the first teacher the student's own terms.
-template <class Piece, Hard hard>
+// out = coefficient * (W - q omega), and in the pass of the first teacher the hard term.
+template <class Divergence, Hard hard>
 static void gradient_tile(const LogitRow& row, const LogitGradient& g, int32_t k, bool first, const float* s, const float* t,
                           int64_t n, float* out) {
-    const Piece piece(row.beta);
     const Normaliser student = g.student, teacher = g.teachers[k];
-    const float scale = row.scale, teacher_scale = row.teacher_scale[k], coefficient = g.teacher_coefficient[k];
+    const Divergence piece(row.beta, teacher, student);
+    const float coefficient = g.teacher_coefficient[k], omega = static_cast<float>(g.omega[k]);
     for (int64_t i = 0; i < n; i += W) {
         const vf logits = load(s + i);
-        const vf lq = scaled(logits, student.max, scale) - student.log_sum;
-        const vf lp = scaled(load(t + i), teacher.max, teacher_scale) - teacher.log_sum;
-        const Term term = piece(lp, lq);
-        vf grad = coefficient * term.w;
+        const Term term = piece(scaled(load(t + i), teacher), scaled(logits, student));
+        const vf q = term.q;
+        vf grad = coefficient * (rounded(term.w) - q * omega);
         if (first) {
-            const vf q = term.q;
             grad += g.student_coefficient * q + g.constant;
             if (hard == Hard::square) grad += g.power_coefficient * (q * q);
             if (hard == Hard::fourth) grad += g.power_coefficient * ((q * q) * (q * q));
-            if (hard == Hard::separate) grad += g.hard_coefficient * exp2(scaled(logits, g.hard.max, kLog2e) - g.hard.log_sum);
+            if (hard == Hard::separate) grad += g.hard_coefficient * exp2(scaled(logits, g.hard));
         } else {
             grad += load(out + i);
         }
@@ -299,15 +298,15 @@ static void gradient_tile(const LogitRow& row, const LogitGradient& g, int32_t k
     }
 }
 
-template <class Piece>
+template <class Divergence>
 static void gradient_tile(const LogitRow& row, const LogitGradient& g, int32_t k, bool first, const float* s, const float* t,
                           int64_t n, float* out) {
     switch (first ? row.hard : Hard::none) {
         case Hard::none:
-        case Hard::same: return gradient_tile<Piece, Hard::none>(row, g, k, first, s, t, n, out);
-        case Hard::square: return gradient_tile<Piece, Hard::square>(row, g, k, first, s, t, n, out);
-        case Hard::fourth: return gradient_tile<Piece, Hard::fourth>(row, g, k, first, s, t, n, out);
-        case Hard::separate: return gradient_tile<Piece, Hard::separate>(row, g, k, first, s, t, n, out);
+        case Hard::same: return gradient_tile<Divergence, Hard::none>(row, g, k, first, s, t, n, out);
+        case Hard::square: return gradient_tile<Divergence, Hard::square>(row, g, k, first, s, t, n, out);
+        case Hard::fourth: return gradient_tile<Divergence, Hard::fourth>(row, g, k, first, s, t, n, out);
+        case Hard::separate: return gradient_tile<Divergence, Hard::separate>(row, g, k, first, s, t, n, out);
     }
 }
 
@@ -323,7 +322,7 @@ static void mse_gradient_tile(float coefficient, bool first, float constant, con
 // The hard term alone: ids that are not shared, mse, and rows without a soft term.
 static void hard_gradient_tile(const LogitGradient& g, bool add, const float* s, int64_t n, float* out) {
     for (int64_t i = 0; i < n; i += W) {
-        const vf q = exp2(scaled(load(s + i), g.hard.max, kLog2e) - g.hard.log_sum);
+        const vf q = exp2(scaled(load(s + i), g.hard));
         store(out + i, g.hard_coefficient * q + (add ? load(out + i) : splat(g.constant)));
     }
 }

@@ -48,18 +48,20 @@ struct LogitRow {
     const float* teacher_scale;  // log2(e) / T_teacher; 0 skips this teacher
 };
 
-// What turns logits into log2 of probabilities: log2 q_j = (s_j - max) * scale - log_sum.
+// What turns a side's logits into probabilities: with x_j = (s_j - max) * scale, q_j = 2^x_j / sum.
 struct Normaliser {
-    float max, log_sum;
+    float max, scale, inverse_sum;
+    double log_sum;
 };
 
 struct LogitGradient {
     Normaliser student;
     const Normaliser* teachers;
-    const float* teacher_coefficient;  // of W_j (of s_j - t_j for mse); 0 skips this teacher
-    float student_coefficient;         // of q_j
+    const float* teacher_coefficient;  // of W_j - q_j omega (of s_j - t_j for mse); 0 skips this teacher
+    const double* omega;
+    float student_coefficient;         // of q_j: the hard term at T = 1
     float power_coefficient;           // of q_j^2 or q_j^4, which is q_j at temperature 1 up to a factor
-    float hard_coefficient;            // of q_j at temperature 1, where it takes an exponential of its own
+    float hard_coefficient;            // of 2^x_j at temperature 1, where it takes an exponential of its own
     Normaliser hard;
     float constant;                    // added to every id
     float label_coefficient;           // added to the label
@@ -70,7 +72,8 @@ struct LogitKernels {
     // One pass over the logits: the sums, and for forward_kl, reverse_kl, cross_entropy and mse the divergence.
     void (*statistics)(const LogitRow&, StudentSums&, TeacherSums*);
     // The other divergences: sum v and sum W of one teacher, natural logarithms.
-    void (*divergence)(const LogitRow&, int32_t teacher, Normaliser, Normaliser, double* value, double* omega);
+    void (*divergence)(const LogitRow&, int32_t teacher, const Normaliser& student, const Normaliser& teacher_normaliser,
+                       double* value, double* omega);
     // One row of the gradient, in the student's dtype; it may be the student's own memory.
     void (*gradient)(const LogitRow&, const LogitGradient&, void* grad);
     // The first of the best ids.

@@ -57,7 +57,10 @@ bool usable(const Row& row, int64_t n) {
 // log sum exp relative to the maximum; NaN for a row with no finite logit.
 double logsum(double sum) { return sum > 0 ? std::log(sum) : kNan; }
 
-Normaliser normaliser(const float* state) { return {state[0], static_cast<float>(state[1] * kLog2e)}; }
+// From a maximum and the natural logarithm of a sum, as the state has them.
+Normaliser normaliser(const double* state, float scale) {
+    return {static_cast<float>(state[0]), scale, static_cast<float>(std::exp(-state[1])), state[1] * kLog2e};
+}
 
 // What the pieces need to know of one row, and which of its terms have a weight at all.
 struct RowTask {
@@ -104,7 +107,7 @@ struct Divided {
 
 // The value and omega of one teacher, finished from its sums.
 Divided finish(const RowTask& task, int32_t k, const LogitKernels& kernels, const StudentSums& student,
-               const TeacherSums& teacher, const float* state) {
+               const TeacherSums& teacher, const double* state) {
     const LogitRow& row = task.row;
     const double zs = student.sum, zt = teacher.sum;
     switch (row.divergence) {
@@ -128,56 +131,57 @@ Divided finish(const RowTask& task, int32_t k, const LogitKernels& kernels, cons
         }
         default: {
             Divided result;
-            const float* columns = state + kFirstTeacher + kTeacherColumns * k;
-            kernels.divergence(row, k, normaliser(state + kStudentMax), normaliser(columns), &result.value, &result.omega);
+            const double* columns = state + kFirstTeacher + kTeacherColumns * k;
+            kernels.divergence(row, k, normaliser(state + kStudentMax, row.scale),
+                               normaliser(columns, row.teacher_scale[k]), &result.value, &result.omega);
             return result;
         }
     }
 }
 
 void soft_term(const LogitProblem& p, int64_t i, RowTask& task, const LogitKernels& kernels, const StudentSums& student,
-               const std::vector<TeacherSums>& teachers, float* state) {
+               const std::vector<TeacherSums>& teachers, double* state) {
     state[kStudentMax] = student.max;
-    state[kStudentLogsum] = static_cast<float>(logsum(student.sum));
+    state[kStudentLogsum] = logsum(student.sum);
     const double t = task.temperature, squared = p.scale_by_t2 && p.divergence != Divergence::mse ? t * t : 1;
     double soft = 0;
     for (int32_t k = 0; k < task.row.teacher_count; ++k) {
         if (task.teacher_scale[k] == 0) continue;
-        float* columns = state + kFirstTeacher + kTeacherColumns * k;
+        double* columns = state + kFirstTeacher + kTeacherColumns * k;
         columns[kTeacherMax] = teachers[k].max;
-        columns[kTeacherLogsum] = static_cast<float>(logsum(teachers[k].sum));
+        columns[kTeacherLogsum] = logsum(teachers[k].sum);
         const Divided divided = finish(task, k, kernels, student, teachers[k], state);
-        columns[kOmega] = static_cast<float>(divided.omega);
+        columns[kOmega] = divided.omega;
         soft += p.teacher_weight[k][i] * squared * divided.value;
     }
-    state[kSoft] = static_cast<float>(soft);
+    state[kSoft] = soft;
 }
 
-void hard_term(const LogitProblem& p, const RowTask& task, const StudentSums& student, float* state) {
+void hard_term(const LogitProblem& p, const RowTask& task, const StudentSums& student, double* state) {
     const double highest = student.hard_max, log_sum = logsum(student.hard_sum), eps = p.label_smoothing;
     double hard = p.z_loss * (highest + log_sum) * (highest + log_sum);
     if (eps < 1) hard += (1 - eps) * (log_sum - (value_at(task.row.student, task.label) - highest));
     if (eps > 0) hard += eps * (log_sum - (student.total / p.vocabulary - highest));
-    state[kHard] = static_cast<float>(std::isnan(log_sum) ? kNan : hard);
+    state[kHard] = std::isnan(log_sum) ? kNan : hard;
     state[kHardMax] = student.hard_max;
-    state[kHardLogsum] = static_cast<float>(log_sum);
+    state[kHardLogsum] = log_sum;
 }
 
-void agreement(const LogitProblem& p, int64_t i, const RowTask& task, const LogitKernels& kernels, float* state) {
+void agreement(const LogitProblem& p, int64_t i, const RowTask& task, const LogitKernels& kernels, double* state) {
     const int64_t student = kernels.best(task.row.student, p.vocabulary);
     if (p.target) state[kTargetAgrees] = student == task.label;
     double share = 0;
     for (size_t k = 0; k < task.teachers.size(); ++k) {
         if (student == kernels.best(task.teachers[k], p.shared)) share += p.teacher_weight[k][i];
     }
-    state[kTeacherAgrees] = static_cast<float>(share);
+    state[kTeacherAgrees] = share;
 }
 
 // A row of the state, and weight * (alpha H + (1 - alpha) S). A term of weight 0 was left at 0, whatever it multiplies.
 double forward_row(const LogitProblem& p, int64_t i, RowTask& task, const LogitKernels& kernels,
-                   std::vector<TeacherSums>& teachers, float* state) {
+                   std::vector<TeacherSums>& teachers, double* state) {
     task.set(p, i);
-    std::fill(state, state + kFirstTeacher + kTeacherColumns * p.teachers.size(), 0.0f);
+    std::fill(state, state + kFirstTeacher + kTeacherColumns * p.teachers.size(), 0.0);
     state[kWeight] = task.weight;
     if (task.weight == 0) return 0;
     if (task.hard || task.soft) {
@@ -192,44 +196,68 @@ double forward_row(const LogitProblem& p, int64_t i, RowTask& task, const LogitK
     return task.weight * (alpha * state[kHard] + (1 - alpha) * state[kSoft]);
 }
 
-void backward_row(const LogitProblem& p, int64_t i, RowTask& task, const LogitKernels& kernels,
-                  std::vector<Normaliser>& teachers, std::vector<float>& coefficients, const float* state,
-                  double upstream, void* grad) {
-    task.set(p, i);
-    const double weight = task.weight == 0 ? 0 : upstream * task.weight, alpha = task.alpha, t = task.temperature;
-    const bool mse = p.divergence == Divergence::mse;
-    LogitGradient g = {};
-    g.student = normaliser(state + kStudentMax);
-    double student_coefficient = 0;
+// Memory for the gradient of a row, kept by a thread from row to row.
+struct GradientScratch {
+    std::vector<Normaliser> teachers;
+    std::vector<float> coefficients;
+    std::vector<double> omega;
+
+    explicit GradientScratch(size_t n) : teachers(n), coefficients(n), omega(n) {}
+};
+
+// reverse_kl's piece has W = q (x_s - x_t) in bits, without the logarithms of the sums that the state's omega has.
+double omega_of_piece(Divergence divergence, double omega, const Normaliser& student, const Normaliser& teacher) {
+    return divergence == Divergence::reverse_kl ? omega / kLn2 - (teacher.log_sum - student.log_sum) : omega;
+}
+
+void teacher_terms(const LogitProblem& p, int64_t i, RowTask& task, const double* state, double weight,
+                   const Normaliser& student, GradientScratch& scratch) {
+    const double t = task.temperature;
     for (size_t k = 0; k < task.teachers.size(); ++k) {
-        const float* columns = state + kFirstTeacher + kTeacherColumns * k;
+        const double* columns = state + kFirstTeacher + kTeacherColumns * k;
         const double omega = columns[kOmega];
-        double coefficient = weight * (1 - alpha) * p.teacher_weight[k][i] * (mse ? 2 / omega : p.scale_by_t2 ? t : 1 / t);
-        if (omega == kInfinity || weight == 0) coefficient = 0;
+        double coefficient = weight * p.teacher_weight[k][i];
+        if (p.divergence == Divergence::mse) {
+            coefficient *= 2 / omega;
+        } else {
+            coefficient *= (p.scale_by_t2 ? t : 1 / t) * (p.divergence == Divergence::reverse_kl ? kLn2 : 1);
+        }
+        if (weight == 0 || omega == kInfinity) coefficient = 0;
         if (coefficient == 0) task.teacher_scale[k] = 0;
-        teachers[k] = normaliser(columns);
-        coefficients[k] = static_cast<float>(coefficient);
-        if (task.teacher_scale[k] != 0) student_coefficient -= coefficient * omega;
+        scratch.teachers[k] = normaliser(columns, task.teacher_scale[k]);
+        scratch.coefficients[k] = static_cast<float>(coefficient);
+        scratch.omega[k] = omega_of_piece(p.divergence, omega, student, scratch.teachers[k]);
     }
-    g.teachers = teachers.data();
-    g.teacher_coefficient = coefficients.data();
+}
+
+void hard_terms(const LogitProblem& p, const RowTask& task, const double* state, double weight, LogitGradient& g) {
+    const double highest = state[kHardMax], log_sum = state[kHardLogsum];
+    const double coefficient = weight * (1 + 2 * p.z_loss * (highest + log_sum));
+    g.hard = normaliser(state + kHardMax, static_cast<float>(kLog2e));
+    g.hard_coefficient = static_cast<float>(coefficient * std::exp(-log_sum));
+    g.constant = static_cast<float>(-weight * p.label_smoothing / p.vocabulary);
+    g.label_coefficient = static_cast<float>(-weight * (1 - p.label_smoothing));
+    g.label = task.label;
+    if (!task.soft || p.divergence == Divergence::mse) return;
+    // exp(s) = exp(s / T)^T: with q = exp((s - m) / T - z) the hard probability is q^T exp(T z + m - m_1 - z_1).
+    const double ratio = std::exp(task.temperature * state[kStudentLogsum] + state[kStudentMax] - highest - log_sum);
+    g.power_coefficient = static_cast<float>(coefficient * ratio);
+    if (task.row.hard == Hard::same) g.student_coefficient = g.power_coefficient;
+}
+
+void backward_row(const LogitProblem& p, int64_t i, RowTask& task, const LogitKernels& kernels, GradientScratch& scratch,
+                  const double* state, double upstream, void* grad) {
+    task.set(p, i);
+    const double weight = task.weight == 0 ? 0 : upstream * task.weight;
+    LogitGradient g = {};
+    g.student = normaliser(state + kStudentMax, task.row.scale);
+    g.teachers = scratch.teachers.data();
+    g.teacher_coefficient = scratch.coefficients.data();
+    g.omega = scratch.omega.data();
     g.label = -1;
-    const double hard = weight * alpha;
-    if (!task.hard || hard == 0) task.row.hard = Hard::none;
-    if (task.row.hard != Hard::none) {
-        const double highest = state[kHardMax], log_sum = state[kHardLogsum];
-        const double coefficient = hard * (1 + 2 * p.z_loss * (highest + log_sum));
-        g.hard = normaliser(state + kHardMax);
-        g.hard_coefficient = static_cast<float>(coefficient);
-        g.constant = static_cast<float>(-hard * p.label_smoothing / p.vocabulary);
-        g.label_coefficient = static_cast<float>(-hard * (1 - p.label_smoothing));
-        g.label = task.label;
-        // exp(s) = exp(s / T)^T: with q = exp((s - m) / T - z) the hard probability is q^T exp(T z + m - m_1 - z_1).
-        const double ratio = std::exp(t * state[kStudentLogsum] + state[kStudentMax] - highest - log_sum);
-        if (task.row.hard == Hard::same && task.soft && !mse) student_coefficient += coefficient * ratio;
-        g.power_coefficient = static_cast<float>(coefficient * ratio);
-    }
-    g.student_coefficient = static_cast<float>(student_coefficient);
+    teacher_terms(p, i, task, state, weight * (1 - task.alpha), g.student, scratch);
+    if (!task.hard || weight == 0) task.row.hard = Hard::none;
+    if (task.row.hard != Hard::none) hard_terms(p, task, state, weight * task.alpha, g);
     kernels.gradient(task.row, g, grad);
 }
 
@@ -264,7 +292,7 @@ Fault find_fault(const LogitProblem& p) {
     return {};
 }
 
-void logit_forward(const LogitProblem& p, bool reduce, double divisor, float* loss, float* state, float* scale) {
+void logit_forward(const LogitProblem& p, bool reduce, double divisor, float* loss, double* state, double* scale) {
     const LogitKernels& kernels = active_instruction_set().logit;
     const int64_t width = kFirstTeacher + kTeacherColumns * static_cast<int64_t>(p.teachers.size());
     std::vector<double> losses(reduce ? p.rows : 0);
@@ -280,21 +308,19 @@ void logit_forward(const LogitProblem& p, bool reduce, double divisor, float* lo
         weights += state[i * width + kWeight];
     }
     if (divisor < 0) divisor = weights;
-    *scale = divisor == 0 ? 0 : static_cast<float>(1 / divisor);
+    *scale = divisor == 0 ? 0 : 1 / divisor;
     if (reduce) *loss = divisor == 0 ? 0 : static_cast<float>(sum / divisor);
 }
 
-void logit_backward(const LogitProblem& p, const float* state, ByRow upstream, void* grad, int64_t grad_stride, bool fresh) {
+void logit_backward(const LogitProblem& p, const double* state, ByRow upstream, void* grad, int64_t grad_stride, bool fresh) {
     const LogitKernels& kernels = active_instruction_set().logit;
     const int64_t width = kFirstTeacher + kTeacherColumns * static_cast<int64_t>(p.teachers.size());
     const int64_t bytes = grad_stride * (p.student.dtype == Dtype::float32 ? 4 : 2);
     if (fresh) prefer_huge_pages(grad, p.rows * bytes);
     for_each_row(p.rows, p.vocabulary, p.threads, [&](int64_t i) {
         RowTask task(p);
-        std::vector<Normaliser> teachers(p.teachers.size());
-        std::vector<float> coefficients(p.teachers.size());
-        backward_row(p, i, task, kernels, teachers, coefficients, state + i * width, upstream[i],
-                     static_cast<char*>(grad) + i * bytes);
+        GradientScratch scratch(p.teachers.size());
+        backward_row(p, i, task, kernels, scratch, state + i * width, upstream[i], static_cast<char*>(grad) + i * bytes);
     });
 }
 

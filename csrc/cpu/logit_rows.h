@@ -51,9 +51,10 @@ struct Fault {
 Fault find_fault(const LogitProblem&);
 
 // `loss` has one element if `reduce`, else one a row. A negative divisor stands for the sum of the rows' weights.
-void logit_forward(const LogitProblem&, bool reduce, double divisor, float* loss, float* state, float* scale);
+void logit_forward(const LogitProblem&, bool reduce, double divisor, float* loss, double* state, double* scale);
 
 // `fresh`: the gradient's memory was just allocated (it is not the student's).
-void logit_backward(const LogitProblem&, const float* state, ByRow upstream, void* grad, int64_t grad_stride, bool fresh);
+void logit_backward(const LogitProblem&, const double* state, ByRow upstream, void* grad, int64_t grad_stride,
+                    bool fresh);
 
 }  // namespace fastkd

@@ -29,6 +29,17 @@ constexpr float kInfinity = __builtin_inff();
 constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 FASTKD_INLINE vf splat(float x) { return x - vf{}; }
+// x, rounded: no compiler may fuse the product that gave it into a later sum.
+FASTKD_INLINE vf rounded(vf x) {
+#if defined(__x86_64__)
+    __asm__("" : "+x"(x));
+#elif defined(__aarch64__)
+    __asm__("" : "+w"(x));
+#else
+    __asm__("" : "+m"(x));
+#endif
+    return x;
+}
 FASTKD_INLINE vf load(const float* p) {
     vf x;
     __builtin_memcpy(&x, p, sizeof x);

@@ -117,7 +117,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     wide = any(x.dtype == torch.float64 for x in (rows.student, *rows.teachers))
     dtype, n = torch.float64 if wide else torch.float32, rows.student.shape[0]
     empty = rows.student.new_empty
-    state = empty((n, state_width(len(rows.teachers))), dtype=dtype)
+    state = empty((n, state_width(len(rows.teachers))), dtype=torch.float64)
     return empty(() if rows.reduce else (n,), dtype=dtype), state, empty((), dtype=dtype)
 
 

@@ -280,7 +280,7 @@ def _compute(logits: Logits, rows: LogitRows, impl: str | None) -> tuple[Tensor,
 
 
 def _parts(logits: Logits, rows: LogitRows, state: Tensor) -> LossParts:
-    state = state.detach()
+    state = state.detach().to(logits.dtype)
     weight = state[:, _rows.WEIGHT]
     columns = (_rows.HARD, _rows.SOFT, _rows.TARGET_AGREES, _rows.TEACHER_AGREES)
     counts = weight != 0

@@ -17,8 +17,8 @@ BATCH_DIVISOR = -1.0  # the sum of the weights of the rows that count
 
 def forward(rows: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
     n = rows.student.shape[0]
-    state = torch.empty((n, state_width(len(rows.teachers))))
-    loss, scale = torch.empty(() if rows.reduce else (n,)), torch.empty(())
+    state = torch.empty((n, state_width(len(rows.teachers))), dtype=torch.float64)
+    loss, scale = torch.empty(() if rows.reduce else (n,)), torch.empty((), dtype=torch.float64)
     divisor = rows.divisor
     divisor = BATCH_DIVISOR if divisor is None else float(divisor)
     fault, got = _C.logit_forward(

@@ -120,11 +120,12 @@ def forward(rows: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
     scale = torch.where(divisor == 0, 0.0, 1 / divisor)
     if rows.reduce:
         loss = torch.where(divisor == 0, 0.0, loss.sum() * scale)
-    return loss, state, scale
+    return loss, state.double(), scale
 
 
 def backward(rows: LogitRows, state: Tensor, scale: Tensor, grad_loss: Tensor) -> Tensor:
-    dtype = state.dtype
+    dtype = _dtype(rows)
+    state = state.to(dtype)
     upstream = grad_loss.to(dtype) * (scale if rows.reduce else 1.0)
     weight = (upstream * state[:, _rows.WEIGHT]).unsqueeze(-1)
     alpha = _column(rows.alpha, dtype)

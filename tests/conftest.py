@@ -1,0 +1,60 @@
+"""What every test runs under: interpreted Triton where there is no GPU, poisoned memory, seeds."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are decorated
+
+import pytest
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torch.empty gives NaN (or the largest integer), so that an output nobody wrote cannot pass."""
+
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = allocate(*args, **kwargs)
+            if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.is_meta:
+                return tensor
+            if tensor.is_floating_point():
+                return tensor.fill_(float("nan"))
+            return tensor if tensor.dtype is torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
+
+        return call
+
+    monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+    yield
+
+
+def implementations() -> list[Any]:
+    """All three, so that an absent one is a skip with its reason and not a test that was never there."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    no_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+    no_cpu = pytest.mark.skipif(device != "cpu", reason="the C++ kernels run on the CPU")
+    return [
+        pytest.param("reference"),
+        pytest.param("native", marks=[pytest.mark.native, no_cpu]),
+        pytest.param("triton", marks=no_triton),
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "impl" in metafunc.fixturenames:
+        metafunc.parametrize("impl", implementations())

@@ -1,0 +1,138 @@
+"""Every implementation of the logit losses against the float64 oracle: values, gradients, options, storage, shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from logit_problems import BETA_TAKERS, DIVERGENCES, OPTIONS, STORAGE, Problem, answer, evaluate
+from torch import Tensor
+
+from fastkd import testing
+
+
+def check(impl: str, problem: Problem) -> None:
+    exact, error, slack = answer(problem)
+    got = evaluate(impl, *problem.tensors(), upstream=problem.upstream(), **problem.options())
+    for i, (one, want, bound) in enumerate(zip(got, exact, error, strict=True)):
+        testing._check(i, one, want, bound, 256.0, slack[i])
+    assert float(exact[1].abs().max()) > 1e-4, "the expected gradient is next to nothing: the test could not fail"
+
+
+@pytest.mark.parametrize("logits", ["peaked", "flat"])
+@pytest.mark.parametrize("dtype", STORAGE, ids=str)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_exact(impl: str, divergence: str, option: str, dtype: torch.dtype, logits: str) -> None:
+    if option == "beta" and divergence not in BETA_TAKERS:
+        pytest.skip("takes no beta")
+    # Interpreted kernels are slow, and only the body differs by storage: half precision goes with two options there.
+    if impl == "triton" and not torch.cuda.is_available() and dtype != torch.float32 and option not in ("plain", "by_row"):
+        pytest.skip("interpreted: half precision with two options")
+    check(impl, Problem(divergence, dtype, logits, option=option))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize(
+    ("rows", "vocabulary"),
+    [
+        (1, 300),  # one row: a mean over rows hides nothing
+        (3, 2),  # the smallest softmax
+        (3, 1),  # every probability is 1
+        (2, 1009),  # prime: no vector width divides it
+        (2, 2047),  # around the edges of a tile
+        (2, 2048),
+        (2, 2049),
+        (2, 4113),  # two tiles and a vector and one
+        (65, 17),  # more rows than a chunk of threads
+    ],
+)
+def test_shapes(impl: str, divergence: str, rows: int, vocabulary: int) -> None:
+    if impl == "triton" and not torch.cuda.is_available() and rows * vocabulary > 2500:
+        pytest.skip("interpreted: small vocabularies")
+    problem = Problem(divergence, torch.bfloat16, "peaked", rows, vocabulary, "temperature_2")
+    if vocabulary == 1:
+        exact, error, slack = answer(problem)
+        got = evaluate(impl, *problem.tensors(), upstream=problem.upstream(), **problem.options())
+        for i, one in enumerate(got):
+            testing._check(i, one, exact[i], error[i], 256.0, slack[i])
+    else:
+        check(impl, problem)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_largest_vocabulary(impl: str, divergence: str) -> None:
+    if impl == "triton" and not torch.cuda.is_available():
+        pytest.skip("interpreted: small vocabularies")
+    for logits in ("peaked", "flat"):
+        check(impl, Problem(divergence, torch.bfloat16, logits, 2, 262144, "temperature_2"))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)], ids=str)
+def test_teacher_of_another_dtype(impl: str, divergence: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    check(impl, Problem(divergence, dtypes[0], option="hard", teacher_dtypes=dtypes[1:]))
+
+
+def test_every_storage_at_once(impl: str) -> None:
+    dtypes = (torch.float32, torch.bfloat16)
+    check(impl, Problem("jsd", torch.float16, option="two_teachers", teacher_dtypes=dtypes))
+
+
+LAYOUTS = {
+    "leading_dimensions": lambda x: x.reshape(2, 3, -1),
+    "slice_of_a_wider_tensor": lambda x: torch.cat([x.new_full((6, 5), 50.0), x, x.new_full((6, 6), 50.0)], 1)[:, 5:-6],
+    "every_other_row": lambda x: torch.stack([x, x + 1], 1)[:, 0],
+    "transposed": lambda x: x.t().contiguous().t(),
+    "last_stride_2": lambda x: torch.stack([x, x + 1], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(impl: str, layout: str) -> None:
+    """Any layout gives the bits of the contiguous rows, for value and gradient."""
+    arrange = LAYOUTS[layout]
+    plain_student, plain_teacher = testing.peaked_logits(6, 129), testing.peaked_logits(6, 129, seed=1)
+    student, teacher = arrange(plain_student), arrange(plain_teacher)
+    upstream = torch.linspace(0.5, 1.5, 6).reshape(student.shape[:-1])
+    loss, grad = evaluate(impl, student.detach(), teacher, upstream=upstream, temperature=2.0)
+    want_loss, want_grad = evaluate(impl, plain_student, plain_teacher, upstream=upstream.reshape(6), temperature=2.0)
+    assert torch.equal(loss.reshape(6), want_loss)
+    assert torch.equal(grad.reshape(6, -1), want_grad)
+
+
+def test_maps(impl: str) -> None:
+    """dim=1: (N, C, H, W) logits with (N, H, W) labels, weights and losses, as in F.cross_entropy."""
+    student, teacher = torch.randn(2, 7, 3, 4), torch.randn(2, 7, 3, 4)
+    target = torch.randint(7, (2, 3, 4)).masked_fill(torch.rand(2, 3, 4) < 0.2, -100)
+    weight = torch.rand(2, 3, 4)
+
+    def rows(x: Tensor) -> Tensor:
+        return x.movedim(1, -1).reshape(-1, 7)
+
+    options = {"temperature": 2.0, "divergence": "jsd"}
+    upstream = torch.rand(2, 3, 4)
+    loss, grad = evaluate(
+        impl, student, teacher, upstream=upstream, target=target, row_weight=weight, dim=1, **options
+    )
+    want_loss, want_grad = evaluate(
+        impl,
+        rows(student),
+        rows(teacher),
+        upstream=upstream.reshape(-1),
+        target=target.reshape(-1),
+        row_weight=weight.reshape(-1),
+        **options,
+    )
+    assert torch.equal(loss.reshape(-1), want_loss)
+    assert torch.equal(rows(grad), want_grad)
+
+
+def test_channels_last_maps_are_not_copied(impl: str) -> None:
+    student, teacher = torch.randn(2, 7, 3, 4), torch.randn(2, 7, 3, 4)
+    last = student.to(memory_format=torch.channels_last)
+    upstream = torch.rand(2, 3, 4)
+    loss, grad = evaluate(impl, last, teacher, upstream=upstream, dim=1)
+    want_loss, want_grad = evaluate(impl, student, teacher, upstream=upstream, dim=1)
+    assert torch.equal(loss, want_loss)
+    assert torch.equal(grad, want_grad)
+    assert grad.is_contiguous(memory_format=torch.channels_last)

@@ -49,7 +49,7 @@ class LogitRows(NamedTuple):
     target: Tensor | None  # (N,) int64
     row_weight: Tensor | None  # (N,) float32 (float64 if the computation is)
     alpha: float | Tensor  # weight of the hard term; 0.0 without a target, 1.0 without a teacher
-    temperature: float | Tensor
+    temperature: float | Tensor  # both temperatures are 1.0 for mse
     teacher_temperature: tuple[float | Tensor, ...]
     teacher_weight: tuple[float, ...] | Tensor  # K floats, or (N, K)
     divisor: float | Tensor | None  # None: the sum of the weights of the rows that count

@@ -75,7 +75,6 @@ struct RowTask {
     explicit RowTask(const LogitProblem& p) : teachers(p.teachers.size()), teacher_scale(p.teachers.size()) {}
 
     void set(const LogitProblem& p, int64_t i) {
-        const bool mse = p.divergence == Divergence::mse;
         label = p.target ? p.target[i] : -1;
         const bool ignored = p.target && label == p.ignore_index;
         weight = ignored ? 0 : static_cast<float>(p.row_weight[i]);
@@ -86,12 +85,12 @@ struct RowTask {
         for (size_t k = 0; k < teachers.size(); ++k) {
             teachers[k] = p.teachers[k].row(i);
             const bool counts = soft && p.teacher_weight[k][i] != 0;
-            teacher_scale[k] = counts ? static_cast<float>(kLog2e / (mse ? 1.0 : p.teacher_temperature[k][i])) : 0;
+            teacher_scale[k] = counts ? static_cast<float>(kLog2e / p.teacher_temperature[k][i]) : 0;
         }
         row = {p.student.row(i), teachers.data(), static_cast<int32_t>(teachers.size()), p.vocabulary, p.shared,
                p.divergence,     p.beta,          soft, Hard::none, p.label_smoothing > 0,
-               static_cast<float>(kLog2e / (mse ? 1.0 : temperature)), teacher_scale.data()};
-        if (hard) row.hard = mse || !soft ? Hard::same : power(temperature);
+               static_cast<float>(kLog2e / temperature), teacher_scale.data()};
+        if (hard) row.hard = soft ? power(temperature) : Hard::same;
     }
 
     static Hard power(double temperature) {
@@ -143,7 +142,7 @@ void soft_term(const LogitProblem& p, int64_t i, RowTask& task, const LogitKerne
                const std::vector<TeacherSums>& teachers, double* state) {
     state[kStudentMax] = student.max;
     state[kStudentLogsum] = logsum(student.sum);
-    const double t = task.temperature, squared = p.scale_by_t2 && p.divergence != Divergence::mse ? t * t : 1;
+    const double t = task.temperature, squared = p.scale_by_t2 ? t * t : 1;
     double soft = 0;
     for (int32_t k = 0; k < task.row.teacher_count; ++k) {
         if (task.teacher_scale[k] == 0) continue;

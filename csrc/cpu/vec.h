@@ -113,7 +113,9 @@ FASTKD_INLINE vf exp2(vf x) {
 
 // 2^x and 2^x - 1, the latter without cancellation, for x <= 0.
 FASTKD_INLINE void exp2_and_m1(vf x, vf& e, vf& em1) {
+#if !defined(__AVX512F__)
     x = at_least(x, splat(-127.0f));
+#endif
     const vf n = round_to_even(x), fraction = exp2m1_fraction(x - n);
     const vf power = times_exp2(splat(1.0f), n);
     e = fraction * power + power;

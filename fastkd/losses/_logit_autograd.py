@@ -43,17 +43,36 @@ class LogitLoss(torch.autograd.Function):
         return loss, state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
         if grad_loss is None:
             return None, None, None, None, None
-        student, *teachers = ctx.saved_tensors
-        dim: int = ctx.dim
-        rows: LogitRows = ctx.rows._replace(
-            student=flatten(student.detach(), dim), teachers=tuple(flatten(teacher, dim) for teacher in teachers)
-        )
-        grad = ctx.implementation.backward(rows, ctx.state, ctx.scale, grad_loss)
-        if rows.overwrite:
-            # From here on the logits are the gradient: whoever saved them gets autograd's version error.
-            torch.autograd.graph.increment_version(student)
-        return unflatten(grad, student.shape, dim), None, None, None, None
+        if not torch.is_grad_enabled():
+            return _gradient(ctx, grad_loss), None, None, None, None
+        with torch.no_grad():
+            grad = _gradient(ctx, grad_loss)
+        return NoSecondDerivative.apply(grad.requires_grad_()), None, None, None, None
+
+
+def _gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
+    student, *teachers = ctx.saved_tensors
+    dim: int = ctx.dim
+    rows: LogitRows = ctx.rows._replace(
+        student=flatten(student.detach(), dim), teachers=tuple([flatten(teacher, dim) for teacher in teachers])
+    )
+    grad: Tensor = ctx.implementation.backward(rows, ctx.state, ctx.scale, grad_loss)
+    if rows.overwrite:
+        # From here on the logits are the gradient: whoever saved them gets autograd's version error.
+        torch.autograd.graph.increment_version(student)
+    return unflatten(grad, student.shape, dim)
+
+
+class NoSecondDerivative(torch.autograd.Function):
+    """Raises where a gradient is differentiated: as a constant it would be dropped from a gradient penalty silently."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Tensor:  # type: ignore[override]
+        raise RuntimeError("fastkd: the logit losses have no second derivative")

@@ -173,13 +173,16 @@ def kd_loss(
     _checks.choice("kd_loss", "divergence", divergence, DIVERGENCES)
     divergence, mixture = divergence_and_beta("kd_loss", divergence, beta)
     student_temperature = logits.number("temperature", temperature, _checks.positive)
+    teacher_temperatures = logits.teacher_temperature(teacher_temperature, student_temperature)
+    if divergence == "mse":  # it compares raw logits
+        student_temperature, teacher_temperatures = 1.0, (1.0,) * len(teacher_temperatures)
     alpha = logits.number("alpha", alpha, _checks.fraction)
     rows = logits.rows(
         target,
         row_weight=row_weight,
         alpha=alpha if target is not None else 0.0,
         temperature=student_temperature,
-        teacher_temperature=logits.teacher_temperature(teacher_temperature, student_temperature),
+        teacher_temperature=teacher_temperatures,
         teacher_weight=logits.teacher_weight(teacher_weight),
         divergence=divergence,
         beta=mixture,

@@ -182,7 +182,7 @@ def _soft_term(rows: LogitRows, state: Tensor) -> None:
     student = rows.student[:, : rows.shared].to(dtype)
     highest, logsum = _log_normaliser(student, temperature)
     active = (state[:, _rows.WEIGHT] != 0).unsqueeze(-1) & (_column(rows.alpha, dtype) != 1)
-    squared = temperature**2 if rows.scale_by_t2 and rows.divergence != "mse" else 1.0
+    squared = temperature**2 if rows.scale_by_t2 else 1.0
     soft = torch.zeros_like(highest)
     for k, logits in enumerate(rows.teachers):
         teacher, share = logits[:, : rows.shared].to(dtype), _share(rows, k, dtype)

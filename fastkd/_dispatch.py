@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -30,8 +31,16 @@ def pick(op: str, impl: str | None, tensors: Sequence[Tensor]) -> ModuleType:
         return _pinned(op, impl, tensors)
     for name in ORDER:
         if _REFUSALS[name](op, tensors, False) is None:
+            if name == "reference" and tensors[0].is_cpu:
+                _say_what_is_missing()
             return _module(name, OPERATIONS[op])
     raise AssertionError("the reference refuses nothing")
+
+
+@lru_cache
+def _say_what_is_missing() -> None:
+    if (reason := native.missing()) is not None:
+        warnings.warn(f"fastkd runs on eager PyTorch here, slowly: {reason}", RuntimeWarning, stacklevel=2)
 
 
 def _pinned(op: str, impl: str, tensors: Sequence[Tensor]) -> ModuleType:

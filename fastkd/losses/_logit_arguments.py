@@ -171,7 +171,7 @@ class Logits:
             ignore_index=ignore_index,
             shared=self.shared,
             reduce=reduction != "none",
-            overwrite=overwrite and self.may_overwrite(),
+            overwrite=overwrite and not torch.compiler.is_compiling() and self.may_overwrite(),
             **soft,
         )
 

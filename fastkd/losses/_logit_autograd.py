@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .._rows import LogitRows
 
+NO_SECOND_DERIVATIVE = "fastkd: the logit losses have no second derivative"
+
 
 def flatten(logits: Tensor, dim: int) -> Tensor:
     """Rows of logits with the class dimension last and unit stride; a copy only where the layout forces one."""
@@ -75,4 +77,4 @@ class NoSecondDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> Tensor:  # type: ignore[override]
-        raise RuntimeError("fastkd: the logit losses have no second derivative")
+        raise RuntimeError(NO_SECOND_DERIVATIVE)

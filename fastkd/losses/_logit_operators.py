@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import _dispatch
 from .._rows import LogitRows, state_width
+from ._logit_autograd import NO_SECOND_DERIVATIVE
 
 # The fields of LogitRows. A number that may vary by row is a pair: `x_rows`, or else `x`.
 PROBLEM = """
@@ -23,7 +24,6 @@ PROBLEM = """
     Tensor? divisor_tensor, float? divisor, str divergence, float beta, bool scale_by_t2, float label_smoothing,
     float z_loss, int ignore_index, SymInt shared, bool reduce, bool agreement, str op, str? impl
 """
-TENSOR_LISTS = tuple(i for i, argument in enumerate(PROBLEM.split(",")) if "Tensor[]" in argument)
 LIBRARY = torch.library.Library("fastkd", "DEF")
 LIBRARY.define(f"logit_forward({PROBLEM}) -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.define(
@@ -100,7 +100,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *problem, op, impl = arguments
     rows = _unpack(*problem)
     loss, state, scale = _dispatch.pick(op, impl, (rows.student, *rows.teachers)).forward(rows)
-    return loss, state, scale.clone() if scale is rows.divisor else scale
+    return loss, state, scale
 
 
 @torch.library.impl(LIBRARY, "logit_backward", "CompositeExplicitAutograd")
@@ -118,7 +118,7 @@ def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype, n = torch.float64 if wide else torch.float32, rows.student.shape[0]
     empty = rows.student.new_empty
     state = empty((n, state_width(len(rows.teachers))), dtype=torch.float64)
-    return empty(() if rows.reduce else (n,), dtype=dtype), state, empty((), dtype=dtype)
+    return empty(() if rows.reduce else (n,), dtype=dtype), state, empty((), dtype=torch.float64)
 
 
 @torch.library.register_fake("fastkd::logit_backward", lib=LIBRARY)
@@ -141,7 +141,19 @@ def _gradient(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         leaves[i] = tensor
     inputs = pytree.tree_unflatten(leaves, ctx.structure)
     grad = None if grad_loss is None else torch.ops.fastkd.logit_backward(grad_loss, state, scale, *inputs)
-    return grad, *([None] * len(inputs[i]) if i in TENSOR_LISTS else None for i in range(1, len(inputs)))
+    return grad, *map(_nothing, inputs[1:])
+
+
+def _nothing(value: Any) -> Any:
+    """The gradient of a constant: None, or a list of None for a list of tensors (which an empty one is)."""
+    if isinstance(value, list) and all(isinstance(item, Tensor) for item in value):
+        return [None] * len(value)
+    return None
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 torch.library.register_autograd("fastkd::logit_forward", _gradient, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd("fastkd::logit_backward", _no_second_derivative, lib=LIBRARY)

@@ -1,0 +1,348 @@
+"""The logit losses where people use them: compiled, exported, under autocast, in language models, over processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastkd
+from fastkd.testing import peaked_logits
+
+N, V = 6, 41
+
+
+def loss_and_grad(loss: Callable[..., Tensor], student: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = student.detach().requires_grad_()
+    value = loss(leaf, *args)
+    value.backward()
+    assert leaf.grad is not None
+    return value.detach(), leaf.grad
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> str:
+    """A fresh process. Its working directory is the tests' folder, so that nothing depends on the root."""
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *arguments],
+        env={**os.environ, **environment},
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_compile_as_the_first_call_of_a_process() -> None:
+    """fullgraph, value and gradient equal to the eager bits; the batch size may change without a new graph."""
+    out = run_python(
+        """
+        import warnings
+        import torch, fastkd
+        warnings.filterwarnings("ignore")
+        def loss(s, t, y, w):
+            return fastkd.kd_loss(s, t, y, divergence="jsd", temperature=2.0, row_weight=w, reduction="mean")
+        compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+        for n in (6, 9, 17):
+            s, t = torch.randn(n, 41), torch.randn(n, 41)
+            y, w = torch.randint(41, (n,)), torch.rand(n)
+            a, b = s.clone().requires_grad_(), s.clone().requires_grad_()
+            got, want = compiled(a, t, y, w), loss(b, t, y, w)
+            got.backward(); want.backward()
+            assert torch.equal(got, want) and torch.equal(a.grad, b.grad), n
+        print("graphs", torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        """
+    )
+    assert out.split() == ["graphs", "1"]
+
+
+def test_compile_with_everything(impl: str) -> None:
+    """All tensors, several teachers, leading dimensions, parts; inside a compiled model whose logits are no leaf."""
+    student, target = torch.randn(2, 3, V), torch.randint(V, (2, 3))
+    teachers = [torch.randn(2, 3, V), torch.randn(2, 3, V)]
+    weight, temperature, count = torch.rand(2, 3), torch.rand(2, 3) + 0.5, torch.tensor(5.0)
+    shares = torch.rand(2, 3, 2)
+
+    def loss(student: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        value, parts = fastkd.kd_loss(
+            student * 2, [a, b], target, temperature=temperature, teacher_temperature=[1.5, weight + 1],
+            alpha=weight, row_weight=weight, teacher_weight=shares, normalizer=count, overwrite_student=True,
+            return_parts=True, impl=impl,
+        )  # fmt: skip
+        return value + parts.soft
+
+    got = loss_and_grad(torch.compile(loss, fullgraph=True, backend="aot_eager"), student, *teachers)
+    want = loss_and_grad(loss, student, *teachers)
+    torch.testing.assert_close(got, want)
+
+
+def test_compiled_rows(impl: str) -> None:
+    def loss(student: Tensor, teacher: Tensor) -> Tensor:
+        rows = fastkd.kd_loss(student, teacher, reduction="none", dim=1, impl=impl)
+        return (rows * torch.arange(rows.numel()).reshape(rows.shape)).sum()
+
+    student, teacher = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    got = loss_and_grad(torch.compile(loss, fullgraph=True, backend="aot_eager"), student, teacher)
+    torch.testing.assert_close(got, loss_and_grad(loss, student, teacher))
+
+
+def test_export() -> None:
+    class Criterion(nn.Module):
+        def forward(self, student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+            return fastkd.kd_loss(student, teacher, target, temperature=2.0)
+
+    args = torch.randn(N, V), torch.randn(N, V), torch.randint(V, (N,))
+    rows = torch.export.Dim("rows", min=2, max=1024)
+    program = torch.export.export(Criterion(), args, dynamic_shapes=[{0: rows}] * 3)
+    more = torch.randn(11, V), torch.randn(11, V), torch.randint(V, (11,))
+    assert torch.equal(program.module()(*more), Criterion()(*more))
+    assert [n.name for n in program.graph.nodes if "fastkd" in str(n.target)] == ["logit_forward"]
+
+
+@pytest.mark.parametrize("reduce", [True, False])
+def test_opcheck(impl: str, reduce: bool) -> None:
+    from fastkd.losses import _logit_operators
+
+    student = torch.randn(N, V, requires_grad=True)
+    teachers = [torch.randn(N, V), torch.randn(N, V)]
+    arguments = (
+        student, teachers, torch.arange(N), torch.rand(N), None, 0.3, torch.rand(N) + 0.5, 0.0, [], [1.0, 2.0],
+        None, [0.5, 0.5], None, None, "jsd", 0.5, True, 0.1, 0.01, -100, V, reduce, True, "kd_loss", impl,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.fastkd.logit_forward.default, arguments)
+    loss, state, scale = (x.detach() for x in torch.ops.fastkd.logit_forward(*arguments))
+    backward = (torch.ones_like(loss), state, scale, student.detach(), *arguments[1:])
+    torch.library.opcheck(torch.ops.fastkd.logit_backward.default, backward)
+    assert _logit_operators.LIBRARY is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(impl: str, dtype: torch.dtype) -> None:
+    """Half-precision logits come out of autocast; the loss computes in float32 all the same."""
+    hidden, weight, teacher = torch.randn(N, 8), torch.randn(V, 8, requires_grad=True), torch.randn(N, V)
+    with torch.autocast("cpu", dtype=dtype):
+        logits = F.linear(hidden, weight)
+        assert logits.dtype is dtype
+        loss = fastkd.kd_loss(logits, teacher, temperature=2.0, impl=impl)
+    assert loss.dtype is torch.float32
+    want = fastkd.kd_loss(logits.detach().float(), teacher, temperature=2.0, impl=impl)
+    torch.testing.assert_close(loss.detach(), want, rtol=1e-6, atol=0)
+    loss.backward()
+    assert weight.grad is not None
+    assert weight.grad.isfinite().all()
+
+
+def test_shifted_labels_of_a_language_model(impl: str) -> None:
+    """(B, T, V) logits of a HuggingFace model with shifted labels equal the sliced logits that people write."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def model(layers: int) -> nn.Module:
+        sizes = {"vocab_size": 97, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": layers}
+        return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2))
+
+    student, teacher = model(1), model(2).eval()
+    ids = torch.randint(97, (2, 9))
+    labels = F.pad(ids, (0, 1), value=-100)[:, 1:]
+    with torch.no_grad():
+        teacher_logits = teacher(ids).logits
+    logits = student(ids).logits
+    loss = fastkd.kd_loss(logits, teacher_logits, labels, temperature=2.0, overwrite_student=True, impl=impl)
+    loss.backward()
+    got = {name: p.grad.clone() for name, p in student.named_parameters()}
+
+    student.zero_grad()
+    sliced, teacher_sliced = student(ids).logits[:, :-1].reshape(-1, 97), teacher_logits[:, :-1].reshape(-1, 97)
+    soft = F.kl_div(
+        F.log_softmax(sliced / 2, -1), F.log_softmax(teacher_sliced / 2, -1), log_target=True, reduction="batchmean"
+    )
+    want = 0.5 * F.cross_entropy(sliced, ids[:, 1:].reshape(-1)) + 0.5 * 4 * soft
+    want.backward()
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=1e-6)
+    for name, p in student.named_parameters():
+        torch.testing.assert_close(got[name], p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_gradient_checkpointing(impl: str) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    student, teacher = torch.randn(N, V), torch.randn(N, V)
+
+    def loss(student: Tensor) -> Tensor:
+        return fastkd.kd_loss(student * 2, teacher, impl=impl)
+
+    got = loss_and_grad(lambda s: checkpoint(loss, s, use_reentrant=False), student)
+    torch.testing.assert_close(got, loss_and_grad(loss, student))
+
+
+DDP = """
+    import os, sys, warnings
+    import torch, torch.distributed as dist
+    warnings.filterwarnings("ignore")
+    import fastkd
+    rank, folder = int(sys.argv[1]), sys.argv[2]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    x, teacher, target = torch.randn(8, 5), torch.randn(8, 41), torch.arange(8)
+    target[1] = target[6] = target[7] = -100
+    model = torch.nn.Linear(5, 41)
+    def gradient(model, part, normalizer):
+        model.zero_grad()
+        fastkd.kd_loss(model(x[part]), teacher[part], target[part], temperature=2.0, normalizer=normalizer).backward()
+        return [p.grad.clone() for p in model.parameters()]
+    want = gradient(model, slice(0, 8), None)
+    part = slice(0, 3) if rank == 0 else slice(3, 8)
+    count = (target[part] != -100).sum().float()
+    dist.all_reduce(count)
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    # DDP averages over ranks, so that each rank divides by its share of the global count.
+    got = gradient(parallel, part, count / 2)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b)
+    dist.destroy_process_group()
+    print("equal")
+"""
+
+
+def test_ddp_over_two_processes(tmp_path: Path) -> None:
+    """Unequal shards with one global normaliser give the gradient of the whole batch."""
+    code = textwrap.dedent(DDP)
+    command = [sys.executable, "-c", code]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    results = [p.communicate(timeout=240) for p in processes]
+    assert all(p.returncode == 0 for p in processes), results[0][1] + results[1][1]
+    assert [out.split() for out, _ in results] == [["equal"], ["equal"]]
+
+
+@pytest.mark.native
+def test_a_forked_worker_does_not_hang() -> None:
+    """After a parallel region in the parent, libgomp would wait in a forked child for threads that are gone."""
+    out = run_python(
+        """
+        import warnings
+        warnings.filterwarnings("ignore")
+        import torch, fastkd
+        from torch.utils.data import DataLoader
+        torch.set_num_threads(2)
+        student, teacher = torch.randn(64, 4096), torch.randn(64, 4096)
+        want = fastkd.kd_loss(student, teacher, impl="native")
+        class Losses(torch.utils.data.Dataset):
+            def __len__(self): return 4
+            def __getitem__(self, i):
+                torch.set_num_threads(2)
+                return fastkd.kd_loss(student, teacher, impl="native")
+        losses = list(DataLoader(Losses(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60))
+        assert all(torch.equal(x, want) for x in losses)
+        print(len(losses))
+        """
+    )
+    assert out.split() == ["4"]
+
+
+@pytest.mark.native
+def test_threads_follow_torch() -> None:
+    """torch.set_num_threads(1) leaves the process at the CPU time of one thread, and the bits do not change."""
+    out = run_python(
+        """
+        import os, time, torch, fastkd
+        def threads():
+            return len(os.listdir("/proc/self/task"))
+        student, teacher = torch.randn(256, 8192), torch.randn(256, 8192)
+        torch.set_num_threads(1)
+        before = threads()
+        one = fastkd.kd_loss(student, teacher, impl="native")
+        assert threads() == before, (threads(), before)
+        torch.set_num_threads(3)
+        three = fastkd.kd_loss(student, teacher, impl="native")
+        assert threads() >= before + 2, (threads(), before)
+        assert torch.equal(one, three)
+        print("ok")
+        """
+    )
+    assert out.split() == ["ok"]
+
+
+@pytest.mark.native
+def test_the_gil_is_released() -> None:
+    """Another Python thread makes progress while the kernels run."""
+    import threading
+    import time
+
+    student, teacher = torch.randn(512, 32768), torch.randn(512, 32768)
+    fastkd.kd_loss(student[:2], teacher[:2], impl="native")
+    ticks, stop = [0], threading.Event()
+
+    def tick() -> None:
+        while not stop.is_set():
+            ticks[0] += 1
+            time.sleep(0.001)  # to go on, this thread needs the GIL
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    thread = threading.Thread(target=tick)
+    thread.start()
+    try:
+        before = ticks[0]
+        fastkd.kd_loss(student, teacher, impl="native")
+        during = ticks[0] - before
+    finally:
+        stop.set()
+        thread.join()
+        torch.set_num_threads(threads)
+    assert during > 3
+
+
+def test_more_than_2_to_the_31_elements_of_stride(impl: str) -> None:
+    """Rows are addressed in 64 bits: here 2**31 elements lie between two rows of a virtual allocation."""
+    if impl == "triton" and not torch.cuda.is_available():
+        pytest.skip("interpreted: the interpreter has no address arithmetic of its own to get wrong")
+    storage = torch.UntypedStorage(2 * (2**31 + 64) * 2 + 4096)  # bfloat16; pages that nobody touches cost nothing
+    student = torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, (2, 64), (2**31 + 64, 1))  # type: ignore[call-overload]
+    values, teacher = peaked_logits(2, 64, dtype=torch.bfloat16), peaked_logits(2, 64, seed=1)
+    student.copy_(values)
+    torch.testing.assert_close(
+        fastkd.kd_loss(student, teacher, impl=impl), fastkd.kd_loss(values, teacher, impl=impl), rtol=0, atol=0
+    )
+
+
+def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
+    fastkd.explain("kd_loss", torch.zeros(2, 3))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "kd_loss"
+    assert [line.split()[0] for line in lines[1:]] == ["triton", "native", "reference"]
+    assert sum("<- runs" in line for line in lines) == 1
+    fastkd.explain()
+    assert "cross_entropy" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="explain: op must be one of kd_loss, cross_entropy, got 'kl'"):
+        fastkd.explain("kl")
+
+
+def test_a_missing_extension_is_said_once_and_the_reference_runs() -> None:
+    out = run_python(
+        """
+        import sys, warnings
+        sys.modules["fastkd._C"] = None
+        import torch, fastkd
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            fastkd.kd_loss(torch.zeros(2, 3), torch.zeros(2, 3))
+            fastkd.kd_loss(torch.zeros(2, 3), torch.zeros(2, 3))
+        print(len(said), said[0].category.__name__, "the C++ extension is not built" in str(said[0].message))
+        try:
+            fastkd.kd_loss(torch.zeros(2, 3), torch.zeros(2, 3), impl="native")
+        except RuntimeError as error:
+            print("refused", "the C++ extension is not built" in str(error))
+        """
+    )
+    assert out.splitlines() == ["1 RuntimeWarning True", "refused True"]

@@ -1,0 +1,31 @@
+"""Logits like those of language models: a long tail and a few peaks, most of them shared by student and teacher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PEAKS = 3
+HEIGHT = 30.0  # of the highest; others are lower, so that some rows are flat and some are all but certain
+
+
+def peaked_pair(
+    rows: int, vocab: int, *, dtype: torch.dtype, device: torch.device | str, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Student and teacher logits ``(rows, vocab)`` and target ids ``(rows,)``, half of which are a teacher's peak."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal() -> Tensor:
+        return torch.randn(rows, vocab, dtype=dtype, device=device, generator=generator)
+
+    def ids(count: int) -> Tensor:
+        return torch.randint(vocab, (rows, count), device=device, generator=generator)
+
+    teacher = normal().mul_(2)
+    student = normal().add_(teacher, alpha=0.7)
+    peaks, heights = ids(PEAKS), torch.rand(rows, PEAKS, device=device, generator=generator).mul_(HEIGHT).to(dtype)
+    teacher.scatter_add_(-1, peaks, heights)
+    peaks = torch.cat([ids(1), peaks[:, 1:]], -1)
+    student.scatter_add_(-1, peaks, heights)
+    known = torch.arange(rows, device=device) % 2 == 0
+    return student, teacher, torch.where(known, peaks[:, -1], ids(1)[:, 0])

@@ -1,0 +1,153 @@
+"""Rows of results: where and of what they were measured, their figures, and the CSV file they are added to."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import fastkd
+from bench.measure import Case, Contender, Figures, Sample, figures
+from bench.memory import Peak
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+GENERATED = (":!bench/results", ":!README.md")  # a bench that writes its rows does not make the code it timed dirty
+BASELINES = ("eager", "compiled")
+Row = dict[str, object]
+
+
+def environment(device: torch.device, command: str, commit: str | None = None) -> Row:
+    """The columns that every row of one run shares."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit or _commit(),
+        "machine": machine(device),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "isa": _isa(device),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "fastkd": fastkd.__version__,
+        "python": platform.python_version(),
+        "command": command,
+    }
+
+
+def rows_of(
+    case: Case,
+    shared: Row,
+    samples: Mapping[str, Sequence[Sample]],
+    peaks: Mapping[str, Peak | None],
+    copy: float | None,
+) -> list[Row]:
+    """One row a contender. ``copy``: bytes per second that a copy moved in the same rounds."""
+    wall = {name: figures([sample.wall for sample in taken]) for name, taken in samples.items()}
+    cpu_samples = {name: [sample.cpu for sample in taken if sample.cpu] for name, taken in samples.items()}
+    cpu = {name: figures(seconds) for name, seconds in cpu_samples.items() if seconds}
+
+    def times(name: str, baseline: str, clock: Mapping[str, Figures]) -> float | None:
+        return clock[baseline].median / clock[name].median if {baseline, name} <= clock.keys() else None
+
+    def row(contender: Contender) -> Row:
+        name, peak = contender.name, peaks.get(contender.name)
+        rate = case.least_bytes / wall[name].median if case.least_bytes else None
+        figures_of = {
+            "provider": name,
+            "impl": contender.impl,
+            "rounds": len(samples[name]),
+            **_milliseconds("wall", wall[name]),
+            **_milliseconds("cpu", cpu.get(name)),
+            "least_mb": _scaled(case.least_bytes, 1e-6),
+            "gb_per_s": _scaled(rate, 1e-9),
+            "copy_gb_per_s": _scaled(copy, 1e-9),
+            "percent_of_copy": _scaled(rate / copy if rate and copy else None, 100),
+            **{f"times_{baseline}": _scaled(times(name, baseline, wall)) for baseline in BASELINES},
+            **{f"cpu_times_{baseline}": _scaled(times(name, baseline, cpu)) for baseline in BASELINES},
+            "peak_mib": _scaled(peak.beside_inputs if peak else None, 2**-20),
+            "extra_mib": _scaled(peak.beside_results if peak else None, 2**-20),
+        }
+        return {**shared, **case.labels, **figures_of}
+
+    return [row(contender) for contender in case.contenders]
+
+
+def append(path: Path, rows: Sequence[Row]) -> None:
+    """A file has one header for life: rows with other columns belong into a new file."""
+    header = list(rows[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        with path.open(newline="") as file:
+            found = next(csv.reader(file), header)
+        if found != header:
+            raise ValueError(f"{path} has other columns ({', '.join(set(found) ^ set(header))}): move it away")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, header, lineterminator="\n")
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def file_for(folder: Path, family: str, shared: Row) -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", str(shared["machine"]).lower()).strip("-")
+    return folder / f"{family}-{slug}.csv"
+
+
+def machine(device: torch.device) -> str:
+    """Name of the processor that computes."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
+    return names[0].strip() if names else platform.processor() or platform.machine()
+
+
+def _milliseconds(clock: str, seconds: Figures | None) -> Row:
+    columns = (("median", f"{clock}_ms"), ("p20", f"{clock}_p20_ms"), ("p80", f"{clock}_p80_ms"))
+    return {column: _scaled(getattr(seconds, field, None), 1e3) for field, column in columns}
+
+
+def _scaled(value: float | None, factor: float = 1.0) -> str:
+    return "" if value is None else f"{value * factor:.5g}"
+
+
+def _commit() -> str:
+    """Of the checkout that fastkd was imported from; "unknown" where that is no checkout, or there is no git."""
+    if not Path(fastkd.__file__).resolve().is_relative_to(ROOT / "fastkd"):
+        return "unknown"
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(("git", *arguments), cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", *GENERATED)
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _isa(device: torch.device) -> str:
+    """Instruction set: what fastkd's C++ was forced to, else what torch found here, which is the widest both use."""
+    if device.type == "cuda":
+        return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return os.environ.get("FASTKD_CPU_ISA") or torch.backends.cpu.get_cpu_capability().lower()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,46 @@
+"""What a run prints: one table a case."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.measure import Case
+from bench.record import Row
+
+COLUMNS = {
+    "wall_ms": "ms",
+    "wall_p20_ms": "p20",
+    "wall_p80_ms": "p80",
+    "cpu_ms": "CPU ms",
+    "gb_per_s": "GB/s",
+    "percent_of_copy": "% of copy",
+    "times_eager": "x eager",
+    "times_compiled": "x compiled",
+    "cpu_times_eager": "CPU x eager",
+    "extra_mib": "extra MiB",
+}
+
+
+def show(console: Console, case: Case, rows: Sequence[Row]) -> None:
+    if rows:
+        console.print(_table(case, rows))
+    for name, reason in case.absent.items():
+        console.print(f"  {name} did not run: {reason}", style="yellow")
+
+
+def _table(case: Case, rows: Sequence[Row]) -> Table:
+    title = ", ".join(f"{name} {value}" for name, value in case.labels.items())
+    least, copy = rows[0]["least_mb"], rows[0]["copy_gb_per_s"]
+    caption = f"at least {least} MB moved; a copy runs at {copy} GB/s" if least else None
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table.add_column("provider")
+    columns = {key: heading for key, heading in COLUMNS.items() if any(row[key] for row in rows)}
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
+    for row in rows:
+        who = f"{row['provider']} ({row['impl']})" if row["impl"] else str(row["provider"])
+        table.add_row(who, *(str(row[key]) for key in columns))
+    return table

@@ -1,6 +1,5 @@
 // The extension's module. It knows no torch: addresses, sizes and numbers come in, so one build serves every torch.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include "cpu/isa.h"
 #include "cpu/logit_rows.h"
@@ -14,55 +13,84 @@ namespace fastkd {
 namespace {
 
 using Address = uintptr_t;
-using MatrixTuple = std::tuple<Address, int64_t, int>;             // address, stride, dtype
-using ByRowTuple = std::tuple<Address, int64_t, double>;           // address or 0, stride, the number without one
 
-Matrix matrix(const MatrixTuple& m) {
-    return {reinterpret_cast<const void*>(std::get<0>(m)), std::get<1>(m), static_cast<Dtype>(std::get<2>(m))};
-}
+// Takes a flat tuple of numbers apart. A call on a few rows is over in 2 us; converting as many arguments one by one
+// would take longer than that.
+class Numbers {
+  public:
+    explicit Numbers(const py::tuple& tuple) : tuple_(tuple.ptr()), size_(PyTuple_GET_SIZE(tuple.ptr())) {}
 
-ByRow by_row(const ByRowTuple& b) {
-    return {reinterpret_cast<const float*>(std::get<0>(b)), std::get<1>(b), std::get<2>(b)};
-}
+    int64_t integer() { return PyLong_AsLongLong(item()); }
+    double real() { return PyFloat_AsDouble(item()); }
+    template <class T>
+    const T* address() {
+        return reinterpret_cast<const T*>(static_cast<Address>(PyLong_AsUnsignedLongLong(item())));
+    }
+    Matrix matrix() {
+        const void* data = address<void>();
+        const int64_t stride = integer();
+        return {data, stride, static_cast<Dtype>(integer())};
+    }
+    ByRow by_row() {
+        const float* data = address<float>();
+        const int64_t stride = integer();
+        return {data, stride, real()};
+    }
+    bool more() const { return next_ < size_; }
+    static void check() {
+        if (PyErr_Occurred()) throw py::error_already_set();
+    }
 
-std::vector<ByRow> by_row(const std::vector<ByRowTuple>& list) {
-    std::vector<ByRow> result;
-    for (const ByRowTuple& one : list) result.push_back(by_row(one));
-    return result;
-}
+  private:
+    PyObject* item() {
+        if (next_ >= size_) throw py::value_error("fastkd._C: too few numbers");
+        return PyTuple_GET_ITEM(tuple_, next_++);
+    }
+    PyObject* tuple_;
+    Py_ssize_t size_, next_ = 0;
+};
 
-std::unique_ptr<LogitProblem> problem(const MatrixTuple& student, const std::vector<MatrixTuple>& teachers, int64_t rows,
-                                      int64_t vocabulary, int64_t shared, Address target, int64_t ignore_index,
-                                      const ByRowTuple& row_weight, const ByRowTuple& alpha, const ByRowTuple& temperature,
-                                      const std::vector<ByRowTuple>& teacher_temperature,
-                                      const std::vector<ByRowTuple>& teacher_weight, int divergence, double beta,
-                                      bool scale_by_t2, double label_smoothing, double z_loss, bool agreement, int threads) {
-    auto p = std::make_unique<LogitProblem>();
-    p->student = matrix(student);
-    for (const MatrixTuple& teacher : teachers) p->teachers.push_back(matrix(teacher));
-    p->rows = rows, p->vocabulary = vocabulary, p->shared = shared;
-    p->target = reinterpret_cast<const int64_t*>(target), p->ignore_index = ignore_index;
-    p->row_weight = by_row(row_weight), p->alpha = by_row(alpha), p->temperature = by_row(temperature);
-    p->teacher_temperature = by_row(teacher_temperature), p->teacher_weight = by_row(teacher_weight);
-    p->divergence = static_cast<Divergence>(divergence), p->beta = static_cast<float>(beta);
-    p->scale_by_t2 = scale_by_t2, p->label_smoothing = label_smoothing;
-    p->z_loss = z_loss, p->agreement = agreement, p->threads = threads;
+// The order of fastkd/native/logit.py.
+LogitProblem logit_problem(const py::tuple& tuple) {
+    Numbers numbers(tuple);
+    LogitProblem p;
+    p.student = numbers.matrix();
+    p.rows = numbers.integer(), p.vocabulary = numbers.integer(), p.shared = numbers.integer();
+    p.target = numbers.address<int64_t>(), p.ignore_index = numbers.integer();
+    p.row_weight = numbers.by_row(), p.alpha = numbers.by_row(), p.temperature = numbers.by_row();
+    p.divergence = static_cast<Divergence>(numbers.integer()), p.beta = static_cast<float>(numbers.real());
+    p.scale_by_t2 = numbers.integer(), p.label_smoothing = numbers.real(), p.z_loss = numbers.real();
+    p.agreement = numbers.integer(), p.threads = static_cast<int>(numbers.integer());
+    while (numbers.more()) {
+        p.teachers.push_back(numbers.matrix());
+        p.teacher_temperature.push_back(numbers.by_row());
+        p.teacher_weight.push_back(numbers.by_row());
+    }
+    Numbers::check();
     return p;
 }
 
-// Returns (kind, got) of what is wrong in the data, and then computes nothing.
-std::tuple<int, double> forward(const LogitProblem& p, bool reduce, double divisor, Address loss, Address state, Address scale) {
-    const py::gil_scoped_release release;
-    const Fault fault = find_fault(p);
-    if (fault.kind != Fault::none) return {fault.kind, fault.got};
-    logit_forward(p, reduce, divisor, reinterpret_cast<float*>(loss), reinterpret_cast<double*>(state),
-                  reinterpret_cast<double*>(scale));
-    return {Fault::none, 0};
+// (0, scale), or (what is wrong in the data, the offending value): then nothing was computed.
+py::tuple forward(const py::tuple& problem, bool reduce, double divisor, Address loss, Address state) {
+    const LogitProblem p = logit_problem(problem);
+    Fault fault;
+    double scale = 0;
+    {
+        const py::gil_scoped_release release;
+        fault = find_fault(p);
+        if (fault.kind == Fault::none) {
+            scale = logit_forward(p, reduce, divisor, reinterpret_cast<float*>(loss), reinterpret_cast<double*>(state));
+        }
+    }
+    return py::make_tuple(static_cast<int>(fault.kind), fault.kind == Fault::none ? scale : fault.got);
 }
 
-void backward(const LogitProblem& p, Address state, const ByRowTuple& upstream, Address grad, int64_t stride, bool fresh) {
+void backward(const py::tuple& problem, Address state, Address grad_loss, int64_t grad_loss_stride, double scale, Address grad,
+              int64_t stride, bool fresh) {
+    const LogitProblem p = logit_problem(problem);
     const py::gil_scoped_release release;
-    logit_backward(p, reinterpret_cast<const double*>(state), by_row(upstream), reinterpret_cast<void*>(grad), stride, fresh);
+    logit_backward(p, reinterpret_cast<const double*>(state), reinterpret_cast<const float*>(grad_loss), grad_loss_stride,
+                   scale, reinterpret_cast<void*>(grad), stride, fresh);
 }
 
 }  // namespace
@@ -70,9 +98,8 @@ void backward(const LogitProblem& p, Address state, const ByRowTuple& upstream, 
 
 PYBIND11_MODULE(_C, m) {
     using namespace fastkd;
-    m.doc() = "CPU and CUDA kernels on addresses; fastkd.native and fastkd._dispatch are its callers.";
+    m.doc() = "CPU and CUDA kernels on addresses; fastkd.native is their caller.";
     m.def("instruction_set", [] { return active_instruction_set().name; });
-    py::class_<LogitProblem>(m, "LogitProblem").def(py::init(&problem));
     m.def("logit_forward", &forward);
     m.def("logit_backward", &backward);
 #ifdef FASTKD_WITH_CUDA

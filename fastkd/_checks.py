@@ -55,7 +55,7 @@ def choice(op: str, argument: str, value: Any, names: Sequence[str]) -> None:
 
 
 def number(op: str, argument: str, value: Any, rule: str = "be a number") -> float:
-    if isinstance(value, (float, int)):
+    if isinstance(value, float):
         return value
     if isinstance(value, Tensor) or not hasattr(value, "__float__"):
         bad_type(op, argument, rule, type(value).__name__)

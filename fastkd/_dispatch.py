@@ -20,74 +20,66 @@ from torch import Tensor
 
 from . import native
 
+Dtypes = tuple[torch.dtype, ...]
+
 ORDER = ("triton", "native", "reference")
 OPERATIONS = {"kd_loss": "logit", "cross_entropy": "logit"}  # operation -> the file name of its family
 _STORAGE = frozenset((torch.float16, torch.bfloat16, torch.float32))
 
 
-def pick(op: str, impl: str | None, tensors: Sequence[Tensor]) -> ModuleType:
-    """The module that computes ``op`` on these tensors (the first of them is the student)."""
+def pick(op: str, impl: str | None, student: Tensor, others: Sequence[Tensor]) -> ModuleType:
+    """The module that computes ``op`` on these tensors."""
+    return _choose(op, impl, student.device, (student.dtype, *[tensor.dtype for tensor in others]))
+
+
+@lru_cache(maxsize=1024)
+def _choose(op: str, impl: str | None, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> ModuleType:
     if impl is not None:
-        return _pinned(op, impl, tensors)
-    for name in ORDER:
-        if _REFUSALS[name](op, tensors, False) is None:
-            if name == "reference" and tensors[0].is_cpu:
-                _say_what_is_missing()
-            return _module(name, OPERATIONS[op])
-    raise AssertionError("the reference refuses nothing")
-
-
-@lru_cache
-def _say_what_is_missing() -> None:
-    if (reason := native.missing()) is not None:
+        return _pinned(op, impl, device, dtypes)
+    name = next(name for name in ORDER if _REFUSALS[name](device, dtypes, False) is None)
+    if name == "reference" and device.type == "cpu" and (reason := native.missing()) is not None:
         warnings.warn(f"fastkd runs on eager PyTorch here, slowly: {reason}", RuntimeWarning, stacklevel=2)
+    return _module(name, OPERATIONS[op])
 
 
-def _pinned(op: str, impl: str, tensors: Sequence[Tensor]) -> ModuleType:
+def _pinned(op: str, impl: str, device: torch.device, dtypes: Dtypes) -> ModuleType:
     if impl not in ORDER:
         raise ValueError(f"{op}: impl must be one of {', '.join(ORDER)}, got {impl!r}")
-    reason = _REFUSALS[impl](op, tensors, True)
+    reason = _REFUSALS[impl](device, dtypes, True)
     if reason is not None:
-        _cannot(op, impl, reason, [name for name in ORDER if _REFUSALS[name](op, tensors, True) is None])
+        others = ", ".join(name for name in ORDER if _REFUSALS[name](device, dtypes, True) is None)
+        raise RuntimeError(f"{op}: impl={impl!r} cannot run here: {reason}; what can: {others}")
     return _module(impl, OPERATIONS[op])
 
 
-def _cannot(op: str, impl: str, reason: str, others: list[str]) -> NoReturn:
-    raise RuntimeError(f"{op}: impl={impl!r} cannot run here: {reason}; what can: {', '.join(others)}")
-
-
-@lru_cache
 def _module(name: str, family: str) -> ModuleType:
     package = {"triton": "fastkd_kernels", "native": "fastkd.native", "reference": "fastkd.reference"}[name]
     return importlib.import_module(f"{package}.{family}")
 
 
-def _refuse_triton(op: str, tensors: Sequence[Tensor], pinned: bool) -> str | None:
-    if not tensors[0].is_cuda and not (tensors[0].is_cpu and pinned and _interpreted()):
-        return f"the tensors are on {tensors[0].device.type}, Triton kernels need a CUDA device" + (
-            "" if pinned and _interpreted() else " (or TRITON_INTERPRET=1 and a pin, to be interpreted on the CPU)"
+def _refuse_triton(device: torch.device, dtypes: Dtypes, pinned: bool) -> str | None:
+    if device.type != "cuda" and not (device.type == "cpu" and pinned and _interpreted()):
+        return f"the tensors are on {device.type}, Triton kernels need a CUDA device" + (
+            " (or TRITON_INTERPRET=1 and a pin, to be interpreted on the CPU)" if device.type == "cpu" else ""
         )
-    return _missing_triton() or _wide(tensors)
+    return _missing_triton() or _wide(dtypes)
 
 
-def _refuse_native(op: str, tensors: Sequence[Tensor], pinned: bool) -> str | None:
-    if not tensors[0].is_cpu:
-        return f"the tensors are on {tensors[0].device.type}, the C++ kernels run on the CPU"
-    return native.missing() or _wide(tensors)
+def _refuse_native(device: torch.device, dtypes: Dtypes, pinned: bool) -> str | None:
+    if device.type != "cpu":
+        return f"the tensors are on {device.type}, the C++ kernels run on the CPU"
+    return native.missing() or _wide(dtypes)
 
 
-def _refuse_reference(op: str, tensors: Sequence[Tensor], pinned: bool) -> str | None:
+def _refuse_reference(device: torch.device, dtypes: Dtypes, pinned: bool) -> str | None:
     return None
 
 
-def _wide(tensors: Sequence[Tensor]) -> str | None:
-    for tensor in tensors:
-        if tensor.dtype not in _STORAGE:
-            return f"{str(tensor.dtype).removeprefix('torch.')} is computed by the reference alone"
-    return None
+def _wide(dtypes: Dtypes) -> str | None:
+    wide = next((dtype for dtype in dtypes if dtype not in _STORAGE), None)
+    return None if wide is None else f"{str(wide).removeprefix('torch.')} is computed by the reference alone"
 
 
-@lru_cache
 def _missing_triton() -> str | None:
     return None if importlib.util.find_spec("triton") else "triton is not installed (it is published for Linux alone)"
 
@@ -96,7 +88,7 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-_REFUSALS: dict[str, Callable[[str, Sequence[Tensor], bool], str | None]] = {
+_REFUSALS: dict[str, Callable[[torch.device, Dtypes, bool], str | None]] = {
     "triton": _refuse_triton,
     "native": _refuse_native,
     "reference": _refuse_reference,
@@ -130,7 +122,7 @@ def explain(op: str | None = None, *tensors: Tensor) -> None:
         print(name)
         chosen = False
         for implementation in ORDER:
-            reason = _REFUSALS[implementation](name, tensors, False)
+            reason = _REFUSALS[implementation](tensors[0].device, tuple(x.dtype for x in tensors), False)
             runs = reason is None and not chosen
             chosen = chosen or runs
             print(f"  {implementation:<10} {reason or 'ok'}{' <- runs' if runs else ''}")

@@ -7,7 +7,7 @@ functions with the same signature, so that choosing one is a module lookup::
     backward(rows, state, scale, grad_loss)  -> grad
 
 ``loss`` is ``(N,)`` when ``rows.reduce`` is false and 0-dim otherwise: ``sum_i L_i * scale``, summed in a fixed order,
-where ``scale`` (0-dim, float64) is 1 / divisor, and 0 where the divisor is 0. ``grad`` has the student's shape and dtype; it is the
+where ``scale`` (a float, or a 0-dim float64 tensor) is 1 / divisor, and 0 where the divisor is 0. ``grad`` has the student's shape and dtype; it is the
 student itself when ``rows.overwrite`` is true. ``state`` is a float64 tensor ``(N, state_width(teachers))``, the same
 in every implementation (one's forward may feed another's backward), with the columns below. It holds a few numbers a
 row, and everything in the row hangs on them: a gradient of 1e-11 at a probability near 1 is what is left of omega after a

@@ -291,35 +291,39 @@ Fault find_fault(const LogitProblem& p) {
     return {};
 }
 
-void logit_forward(const LogitProblem& p, bool reduce, double divisor, float* loss, double* state, double* scale) {
+double logit_forward(const LogitProblem& p, bool reduce, double divisor, float* loss, double* state) {
     const LogitKernels& kernels = active_instruction_set().logit;
     const int64_t width = kFirstTeacher + kTeacherColumns * static_cast<int64_t>(p.teachers.size());
-    std::vector<double> losses(reduce ? p.rows : 0);
-    for_each_row(p.rows, p.vocabulary, p.threads, [&](int64_t i) {
+    std::vector<double> losses(p.rows);
+    for_each_chunk(p.rows, p.vocabulary, p.threads, [&](int64_t begin, int64_t end) {
         RowTask task(p);
         std::vector<TeacherSums> teachers(p.teachers.size());
-        const double row = forward_row(p, i, task, kernels, teachers, state + i * width);
-        if (reduce) losses[i] = row; else loss[i] = static_cast<float>(row);
+        for (int64_t i = begin; i < end; ++i) losses[i] = forward_row(p, i, task, kernels, teachers, state + i * width);
     });
     double sum = 0, weights = 0;
     for (int64_t i = 0; i < p.rows; ++i) {
-        if (reduce) sum += losses[i];
+        sum += losses[i];
         weights += state[i * width + kWeight];
+        if (!reduce) loss[i] = static_cast<float>(losses[i]);
     }
     if (divisor < 0) divisor = weights;
-    *scale = divisor == 0 ? 0 : 1 / divisor;
     if (reduce) *loss = divisor == 0 ? 0 : static_cast<float>(sum / divisor);
+    return divisor == 0 ? 0 : 1 / divisor;
 }
 
-void logit_backward(const LogitProblem& p, const double* state, ByRow upstream, void* grad, int64_t grad_stride, bool fresh) {
+void logit_backward(const LogitProblem& p, const double* state, const float* grad_loss, int64_t grad_loss_stride, double scale,
+                    void* grad, int64_t grad_stride, bool fresh) {
     const LogitKernels& kernels = active_instruction_set().logit;
     const int64_t width = kFirstTeacher + kTeacherColumns * static_cast<int64_t>(p.teachers.size());
     const int64_t bytes = grad_stride * (p.student.dtype == Dtype::float32 ? 4 : 2);
     if (fresh) prefer_huge_pages(grad, p.rows * bytes);
-    for_each_row(p.rows, p.vocabulary, p.threads, [&](int64_t i) {
+    for_each_chunk(p.rows, p.vocabulary, p.threads, [&](int64_t begin, int64_t end) {
         RowTask task(p);
         GradientScratch scratch(p.teachers.size());
-        backward_row(p, i, task, kernels, scratch, state + i * width, upstream[i], static_cast<char*>(grad) + i * bytes);
+        for (int64_t i = begin; i < end; ++i) {
+            const double upstream = grad_loss[i * grad_loss_stride] * scale;
+            backward_row(p, i, task, kernels, scratch, state + i * width, upstream, static_cast<char*>(grad) + i * bytes);
+        }
     });
 }
 

@@ -51,10 +51,12 @@ struct Fault {
 Fault find_fault(const LogitProblem&);
 
 // `loss` has one element if `reduce`, else one a row. A negative divisor stands for the sum of the rows' weights.
-void logit_forward(const LogitProblem&, bool reduce, double divisor, float* loss, double* state, double* scale);
+// Returns 1 / divisor, or 0 for a divisor of 0.
+double logit_forward(const LogitProblem&, bool reduce, double divisor, float* loss, double* state);
 
-// `fresh`: the gradient's memory was just allocated (it is not the student's).
-void logit_backward(const LogitProblem&, const double* state, ByRow upstream, void* grad, int64_t grad_stride,
-                    bool fresh);
+// `grad_loss` has a stride, 0 for a loss that was reduced. `fresh`: the gradient's memory was just allocated, and is not
+// the student's.
+void logit_backward(const LogitProblem&, const double* state, const float* grad_loss, int64_t grad_loss_stride, double scale,
+                    void* grad, int64_t grad_stride, bool fresh);
 
 }  // namespace fastkd

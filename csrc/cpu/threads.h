@@ -9,20 +9,19 @@ namespace fastkd {
 // After a fork the pool's threads are gone and libgomp would wait for them for ever: a child runs on its one thread.
 bool forked();
 
-// Which thread takes a row does not matter to the result: a row is computed by one thread, in one order.
+// Calls body(begin, end) for chunks of rows. Which thread takes a chunk does not matter to the result: a row is computed by
+// one thread, in one order.
 template <class Body>
-void for_each_row(int64_t rows, int64_t ids_per_row, int threads, const Body& body) {
+void for_each_chunk(int64_t rows, int64_t ids_per_row, int threads, const Body& body) {
     constexpr int64_t kChunk = 16384;  // ids: waking a thread costs microseconds
     const int64_t chunk = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, ids_per_row));
     const int64_t chunks = (rows + chunk - 1) / chunk;
     if (threads < 2 || chunks < 2 || forked()) {
-        for (int64_t row = 0; row < rows; ++row) body(row);
+        body(int64_t{0}, rows);
         return;
     }
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (int64_t c = 0; c < chunks; ++c) {
-        for (int64_t row = c * chunk; row < std::min(rows, (c + 1) * chunk); ++row) body(row);
-    }
+    for (int64_t c = 0; c < chunks; ++c) body(c * chunk, std::min(rows, (c + 1) * chunk));
 }
 
 }  // namespace fastkd

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .. import _checks
 from .._rows import LogitRows
-from ._logit_autograd import flatten
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 BETA = {"jsd": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}  # the divergences that take beta, and their defaults
@@ -161,8 +160,8 @@ class Logits:
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
             _checks.bad_type(op, "ignore_index", "be an integer", type(ignore_index).__name__)
         return LogitRows(
-            student=flatten(self.student.detach(), self.dim),
-            teachers=tuple([flatten(teacher.detach(), self.dim) for teacher in self.teachers]),
+            student=self.student,  # in its own layout still: LogitLoss saves that one
+            teachers=self.teachers,
             target=None if target is None else _checks.target(op, target, self.student, self.shape),
             row_weight=None if row_weight is None else self.by_row("row_weight", row_weight),
             divisor=self.divisor(reduction, normalizer),

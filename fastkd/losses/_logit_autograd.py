@@ -25,47 +25,58 @@ def flatten(logits: Tensor, dim: int) -> Tensor:
 
 def unflatten(grad: Tensor, shape: torch.Size, dim: int) -> Tensor:
     if dim == len(shape) - 1:
-        return grad if grad.shape == shape else grad.view(shape)
+        return grad if len(shape) == 2 else grad.view(shape)
     return grad.view(*shape[:dim], *shape[dim + 1 :], shape[dim]).movedim(-1, dim)
+
+
+class Pending:
+    """One call on its way through the graph: the problem without its logits, and what forward found out."""
+
+    __slots__ = ("dim", "implementation", "rows", "scale", "state")
+
+    rows: LogitRows
+    dim: int
+    implementation: ModuleType
+    state: Tensor
+    scale: float | Tensor
 
 
 class LogitLoss(torch.autograd.Function):
     """Saves what the caller passed, not flattened copies: nothing of size (N, V) is kept for backward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, student: Tensor, teachers: Sequence[Tensor], rows: LogitRows, dim: int, implementation: ModuleType
-    ) -> tuple[Tensor, Tensor]:
-        loss, state, scale = implementation.forward(rows)
-        ctx.mark_non_differentiable(state)
+    def forward(ctx: Any, student: Tensor, teachers: Sequence[Tensor], pending: Pending) -> Tensor:  # type: ignore[override]
+        rows = with_logits(pending.rows, student, teachers, pending.dim)
+        loss, pending.state, pending.scale = pending.implementation.forward(rows)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, *teachers)
-        ctx.rows, ctx.dim, ctx.implementation = rows._replace(student=None, teachers=()), dim, implementation
-        ctx.state, ctx.scale = state, scale
-        return loss, state
+        ctx.pending = pending
+        return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
         if grad_loss is None:
-            return None, None, None, None, None
+            return None, None, None
         if not torch.is_grad_enabled():
-            return _gradient(ctx, grad_loss), None, None, None, None
+            return _gradient(ctx, grad_loss), None, None
         with torch.no_grad():
             grad = _gradient(ctx, grad_loss)
-        return NoSecondDerivative.apply(grad.requires_grad_()), None, None, None, None
+        return NoSecondDerivative.apply(grad.requires_grad_()), None, None
+
+
+def with_logits(rows: LogitRows, student: Tensor, teachers: Sequence[Tensor], dim: int) -> LogitRows:
+    return LogitRows(flatten(student, dim), tuple([flatten(teacher, dim) for teacher in teachers]), *rows[2:])
 
 
 def _gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
     student, *teachers = ctx.saved_tensors
-    dim: int = ctx.dim
-    rows: LogitRows = ctx.rows._replace(
-        student=flatten(student.detach(), dim), teachers=tuple([flatten(teacher, dim) for teacher in teachers])
-    )
-    grad: Tensor = ctx.implementation.backward(rows, ctx.state, ctx.scale, grad_loss)
+    pending: Pending = ctx.pending
+    rows = with_logits(pending.rows, student, teachers, pending.dim)
+    grad: Tensor = pending.implementation.backward(rows, pending.state, pending.scale, grad_loss)
     if rows.overwrite:
         # From here on the logits are the gradient: whoever saved them gets autograd's version error.
         torch.autograd.graph.increment_version(student)
-    return unflatten(grad, student.shape, dim)
+    return unflatten(grad, student.shape, pending.dim)
 
 
 class NoSecondDerivative(torch.autograd.Function):

@@ -46,7 +46,7 @@ def _pack(rows: LogitRows) -> list[Any]:
     weights = rows.teacher_weight
     return [
         rows.student,
-        list(rows.teachers),
+        [teacher.detach() for teacher in rows.teachers],
         rows.target,
         rows.row_weight,
         *_pair(rows.alpha),
@@ -99,15 +99,15 @@ def _unpack(
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *problem, op, impl = arguments
     rows = _unpack(*problem)
-    loss, state, scale = _dispatch.pick(op, impl, (rows.student, *rows.teachers)).forward(rows)
-    return loss, state, scale
+    loss, state, scale = _dispatch.pick(op, impl, rows.student, rows.teachers).forward(rows)
+    return loss, state, state.new_full((), scale) if isinstance(scale, float) else scale
 
 
 @torch.library.impl(LIBRARY, "logit_backward", "CompositeExplicitAutograd")
 def _backward(grad_loss: Tensor, state: Tensor, scale: Tensor, *arguments: Any) -> Tensor:
     *problem, op, impl = arguments
     rows = _unpack(*problem)
-    grad: Tensor = _dispatch.pick(op, impl, (rows.student, *rows.teachers)).backward(rows, state, scale, grad_loss)
+    grad: Tensor = _dispatch.pick(op, impl, rows.student, rows.teachers).backward(rows, state, scale, grad_loss)
     return grad
 
 

@@ -12,7 +12,7 @@ from .. import _checks, _dispatch, _rows
 from .._rows import DIVERGENCES, LogitRows
 from . import _logit_operators
 from ._logit_arguments import Logits, divergence_and_beta
-from ._logit_autograd import LogitLoss, flatten
+from ._logit_autograd import LogitLoss, Pending, with_logits
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -272,14 +272,16 @@ class KDLoss(torch.nn.Module):
 
 
 def _compute(logits: Logits, rows: LogitRows, impl: str | None) -> tuple[Tensor, Tensor]:
-    op, student = logits.op, logits.student
+    op, student, teachers = logits.op, logits.student, logits.teachers
     if torch.compiler.is_compiling() or type(student) not in PLAIN:
-        rows = rows._replace(student=flatten(student, logits.dim), overwrite=False)
-        loss, state = _logit_operators.apply(rows, op, impl)
-        return loss if rows.reduce else loss.view(logits.shape), state
-    implementation = _dispatch.pick(op, impl, (student, *logits.teachers))
-    loss, state = LogitLoss.apply(student, logits.teachers, rows, logits.dim, implementation)
-    return loss if rows.reduce or loss.shape == logits.shape else loss.view(logits.shape), state
+        loss, state = _logit_operators.apply(with_logits(rows, student, teachers, logits.dim), op, impl)
+    else:
+        pending = Pending()
+        pending.rows, pending.dim = rows, logits.dim
+        pending.implementation = _dispatch.pick(op, impl, student, teachers)
+        loss = LogitLoss.apply(student, teachers, pending)
+        state = pending.state
+    return loss if rows.reduce or len(logits.shape) == 1 else loss.view(logits.shape), state
 
 
 def _parts(logits: Logits, rows: LogitRows, state: Tensor) -> LossParts:

@@ -123,10 +123,10 @@ def forward(rows: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
     return loss, state.double(), scale.double()
 
 
-def backward(rows: LogitRows, state: Tensor, scale: Tensor, grad_loss: Tensor) -> Tensor:
+def backward(rows: LogitRows, state: Tensor, scale: float | Tensor, grad_loss: Tensor) -> Tensor:
     dtype = _dtype(rows)
     state = state.to(dtype)
-    upstream = grad_loss.to(dtype) * (scale.to(dtype) if rows.reduce else 1.0)
+    upstream = grad_loss.to(dtype) * (torch.as_tensor(scale, dtype=dtype) if rows.reduce else 1.0)
     weight = (upstream * state[:, _rows.WEIGHT]).unsqueeze(-1)
     alpha = _column(rows.alpha, dtype)
     grad = torch.zeros(rows.student.shape, dtype=dtype, device=rows.student.device)

@@ -7,6 +7,6 @@ static bool supported() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
 }
 
-const InstructionSet avx2 = {"avx2", supported, {statistics, divergence, gradient, best}};
+const InstructionSet avx2 = {"avx2", supported, {statistics, divergence, gradient, unmatched, best}};
 
 }  // namespace fastkd

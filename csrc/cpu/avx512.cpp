@@ -7,6 +7,6 @@ static bool supported() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
-const InstructionSet avx512 = {"avx512", supported, {statistics, divergence, gradient, best}};
+const InstructionSet avx512 = {"avx512", supported, {statistics, divergence, gradient, unmatched, best}};
 
 }  // namespace fastkd

@@ -7,6 +7,6 @@ static bool supported() {
     return true;
 }
 
-const InstructionSet generic = {"generic", supported, {statistics, divergence, gradient, best}};
+const InstructionSet generic = {"generic", supported, {statistics, divergence, gradient, unmatched, best}};
 
 }  // namespace fastkd

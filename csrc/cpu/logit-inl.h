@@ -392,6 +392,21 @@ void gradient(const LogitRow& row, const LogitGradient& g, void* grad) {
     }
 }
 
+bool unmatched(const Row& absent, const Row& present, int64_t n) {
+    Tile absent_scratch, present_scratch;
+    vi found{};
+    for (int64_t begin = 0; begin < n; begin += kTile) {
+        const int64_t length = n - begin < kTile ? n - begin : kTile;
+        const float* a = fetch(absent, begin, length, absent_scratch);
+        const float* b = fetch(present, begin, length, present_scratch);
+        for (int64_t i = 0; i < padded(length); i += W) found |= (load(a + i) == -kInfinity) & (load(b + i) != -kInfinity);
+    }
+    for (int i = 0; i < W; ++i) {
+        if (found[i]) return true;
+    }
+    return false;
+}
+
 int64_t best(const Row& row, int64_t n) {
     Tile scratch;
     float best_value = -kInfinity;

@@ -76,6 +76,8 @@ struct LogitKernels {
                        double* value, double* omega);
     // One row of the gradient, in the student's dtype; it may be the student's own memory.
     void (*gradient)(const LogitRow&, const LogitGradient&, void* grad);
+    // Whether an id at -inf in `absent` is not at -inf in `present`: there the divergence is infinite.
+    bool (*unmatched)(const Row& absent, const Row& present, int64_t n);
     // The first of the best ids.
     int64_t (*best)(const Row&, int64_t n);
 };

@@ -36,24 +36,6 @@ float value_at(const Row& row, int64_t i) {
     return static_cast<float>(h & 0x8000 ? -magnitude : magnitude);
 }
 
-// Some id at -inf in `absent` is not at -inf in `present`: the divergence is infinite. Only rows with a mask come here.
-bool unmatched(const Row& absent, const Row& present, int64_t n) {
-    for (int64_t i = 0; i < n; ++i) {
-        if (value_at(absent, i) == -kInfinity && value_at(present, i) != -kInfinity) return true;
-    }
-    return false;
-}
-
-bool usable(const Row& row, int64_t n) {
-    bool finite = false;
-    for (int64_t i = 0; i < n; ++i) {
-        const float x = value_at(row, i);
-        if (std::isnan(x) || x == kInfinity) return false;
-        finite |= std::isfinite(x);
-    }
-    return finite;
-}
-
 // log sum exp relative to the maximum; NaN for a row with no finite logit.
 double logsum(double sum) { return sum > 0 ? std::log(sum) : kNan; }
 
@@ -108,23 +90,25 @@ struct Divided {
 Divided finish(const RowTask& task, int32_t k, const LogitKernels& kernels, const StudentSums& student,
                const TeacherSums& teacher, const double* state) {
     const LogitRow& row = task.row;
+    const Row& taught = row.teachers[k];
     const double zs = student.sum, zt = teacher.sum;
+    // A side with a NaN or a +inf has the sum NaN, one without a finite logit 0.
+    const bool valid = zs > 0 && zt > 0;
     switch (row.divergence) {
         case Divergence::forward_kl:
         case Divergence::cross_entropy: {
             const bool kl = row.divergence == Divergence::forward_kl;
-            double value = kLn2 * (teacher.cross / zt + std::log2(kl ? zs / zt : zs));
-            if (student.masked && std::isfinite(value) && unmatched(row.student, row.teachers[k], row.shared)) value = kInfinity;
-            return {zs > 0 && zt > 0 ? value : kNan, -1};
+            const double value = kLn2 * (teacher.cross / zt + std::log2(kl ? zs / zt : zs));
+            const bool infinite = valid && student.masked && kernels.unmatched(row.student, taught, row.shared);
+            return {infinite ? kInfinity : valid ? value : kNan, -1};
         }
         case Divergence::reverse_kl: {
-            double value = kLn2 * (teacher.cross / zs + std::log2(zt / zs));
-            if (teacher.masked && std::isfinite(value) && unmatched(row.teachers[k], row.student, row.shared)) value = kInfinity;
-            if (!(zs > 0 && zt > 0)) value = kNan;
+            const double finite = kLn2 * (teacher.cross / zs + std::log2(zt / zs));
+            const bool infinite = valid && teacher.masked && kernels.unmatched(taught, row.student, row.shared);
+            const double value = infinite ? kInfinity : valid ? finite : kNan;
             return {value, value};
         }
         case Divergence::mse: {
-            const bool valid = usable(row.student, row.shared) && usable(row.teachers[k], row.shared);
             const double value = valid ? teacher.cross / teacher.count : kNan;
             return {value, std::isfinite(value) ? teacher.count : value};
         }

@@ -1,15 +1,16 @@
-// A divergence is one piece: from the scaled logits x_t and x_s (see Normaliser) the value v_j in nats, W_j = q_j dv_j/dq_j
-// up to a multiple of q_j, and q_j. The derivations are in fastkd/reference/logit.py.
+// A divergence is one piece: from the scaled logits x_t and x_s (see Normaliser) the value v_j in nats, h_j = dD/dq_j up to
+// a constant, and q_j. The derivations are in fastkd/reference/logit.py, which writes W_j for q_j h_j.
 //
-// W is what a subtraction leaves most of: dD/ds_j = W_j - q_j omega is far below omega where q_j is near 1. So W and omega
-// are formed from the same floats.
+// A slope q_j (h_j - omega) with omega = sum q h / sum q is what a subtraction leaves: it vanishes where one id has all of
+// q, or where h is the same for all ids that have some. In floats too, if h is rounded to the same bits in the pass that
+// sums and in the pass that subtracts, and if omega is divided by the sum of the very q that it was summed with.
 #include "vec.h"
 
 namespace fastkd {
 namespace {
 
 struct Term {
-    vf v, w, q;
+    vf v, h, q;
 };
 
 struct Piece {
@@ -20,22 +21,25 @@ struct Piece {
           inverse_t(teacher.inverse_sum),
           inverse_s(student.inverse_sum),
           offset(static_cast<float>(teacher.log_sum - student.log_sum)) {}
+
+    static vf slope(const Term& term, float omega) { return term.q * (term.h - omega); }
 };
 
+// h = -p / q overflows where q is small, so that -p stands in its place, and the slope is q - p.
 struct ForwardKl : Piece {
     using Piece::Piece;
     Term operator()(vf xt, vf xs) const {
         const vf p = exp2(xt) * inverse_t;
         return {p * (xt - xs - offset) * kLn2, -p, exp2(xs) * inverse_s};
     }
+    static vf slope(const Term& term, float) { return term.q + term.h; }
 };
 
-// W = q (x_s - x_t), in bits: the logarithms of the sums are the same for all ids, and cancel.
 struct ReverseKl : Piece {
     using Piece::Piece;
     Term operator()(vf xt, vf xs) const {
-        const vf q = exp2(xs) * inverse_s;
-        return {q * (xs - xt + offset) * kLn2, q * (xs - xt), q};
+        const vf q = exp2(xs) * inverse_s, h = rounded((xs - xt + offset) * kLn2);
+        return {q * h, h, q};
     }
 };
 
@@ -44,7 +48,7 @@ struct Tvd : Piece {
     Term operator()(vf xt, vf xs) const {
         const vf p = exp2(xt) * inverse_t, q = exp2(xs) * inverse_s, difference = q - p;
         const vf half = select(difference > 0.0f, splat(0.5f), select(difference < 0.0f, splat(-0.5f), difference));
-        return {0.5f * abs(difference), q * half, q};
+        return {0.5f * abs(difference), half, q};
     }
 };
 
@@ -80,8 +84,8 @@ struct Jsd : Piece {
     using Piece::Piece;
     Term operator()(vf xt, vf xs) const {
         const Mixture m(*this, xt, xs, beta);
-        const vf w = (1.0f - beta) * m.q * m.log_q_over_m;
-        return {beta * m.p * m.log_p_over_m + w, w, m.q};
+        const vf h = rounded((1.0f - beta) * m.log_q_over_m);
+        return {beta * m.p * m.log_p_over_m + m.q * h, h, m.q};
     }
 };
 
@@ -89,7 +93,7 @@ struct SkewKl : Piece {
     using Piece::Piece;
     Term operator()(vf xt, vf xs) const {
         const Mixture m(*this, xt, xs, beta);
-        return {m.p * m.log_p_over_m, (1.0f - beta) * m.q * m.one_minus_p_over_m, m.q};
+        return {m.p * m.log_p_over_m, rounded((1.0f - beta) * m.one_minus_p_over_m), m.q};
     }
 };
 
@@ -97,7 +101,7 @@ struct SkewReverseKl : Piece {
     using Piece::Piece;
     Term operator()(vf xt, vf xs) const {
         const Mixture m(*this, xt, xs, 1.0f - beta);
-        return {m.q * m.log_q_over_m, m.q * (m.log_q_over_m + beta * m.one_minus_q_over_m), m.q};
+        return {m.q * m.log_q_over_m, rounded(m.log_q_over_m + rounded(beta * m.one_minus_q_over_m)), m.q};
     }
 };
 

@@ -88,7 +88,7 @@ FASTKD_INLINE vf scaled(vf logits, float max, float scale) { return at_least((lo
 FASTKD_INLINE double shift(float from, float to, float scale) { return ((double)from - (double)to) * (double)scale; }
 
 template <Hard hard>
-static void student_tile(const float* s, int64_t n, float max, float scale, float* exponentials, double& soft_sum, double& hard_sum) {
+static void student_tile(const float* s, int64_t n, float max, float scale, double& soft_sum, double& hard_sum) {
     vf soft = splat(0.0f), other = splat(0.0f);
     for (int64_t i = 0; i < n; i += W) {
         const vf logits = load(s + i);
@@ -97,40 +97,38 @@ static void student_tile(const float* s, int64_t n, float max, float scale, floa
         if (hard == Hard::square) other += e * e;
         if (hard == Hard::fourth) other += (e * e) * (e * e);
         if (hard == Hard::separate) other += exp2(scaled(logits, max, kLog2e));
-        if (exponentials) store(exponentials + i, e);
     }
     soft_sum = sum(soft);
     hard_sum = hard == Hard::same ? soft_sum : sum(other);
 }
 
-FASTKD_INLINE void student_tile(Hard hard, const float* s, int64_t n, float max, float scale, float* e, double& soft, double& other) {
+FASTKD_INLINE void student_tile(Hard hard, const float* s, int64_t n, float max, float scale, double& soft, double& other) {
     switch (hard) {
         case Hard::none:
-        case Hard::same: return student_tile<Hard::same>(s, n, max, scale, e, soft, other);
-        case Hard::square: return student_tile<Hard::square>(s, n, max, scale, e, soft, other);
-        case Hard::fourth: return student_tile<Hard::fourth>(s, n, max, scale, e, soft, other);
-        case Hard::separate: return student_tile<Hard::separate>(s, n, max, scale, e, soft, other);
+        case Hard::same: return student_tile<Hard::same>(s, n, max, scale, soft, other);
+        case Hard::square: return student_tile<Hard::square>(s, n, max, scale, soft, other);
+        case Hard::fourth: return student_tile<Hard::fourth>(s, n, max, scale, soft, other);
+        case Hard::separate: return student_tile<Hard::separate>(s, n, max, scale, soft, other);
     }
 }
 
-// The divergences whose value is linear in one side's unnormalised probabilities need one pass: with x the scaled logits
+// The divergences whose value is linear in the teacher's unnormalised probabilities need one pass: with x the scaled logits
 //   forward_kl     sum 2^x_t (x_t - x_s)
 //   cross_entropy  sum 2^x_t (0 - x_s)
-//   reverse_kl     sum 2^x_s (x_s - x_t)
-enum class Cross { none, forward_kl, cross_entropy, reverse_kl };
+// (reverse_kl is linear in the student's, but its omega has to match its h to the bit: it is summed in a second pass.)
+enum class Cross { none, forward_kl, cross_entropy };
 
 FASTKD_INLINE Cross cross_of(Divergence divergence) {
     switch (divergence) {
         case Divergence::forward_kl: return Cross::forward_kl;
         case Divergence::cross_entropy: return Cross::cross_entropy;
-        case Divergence::reverse_kl: return Cross::reverse_kl;
         default: return Cross::none;
     }
 }
 
 template <Cross kind>
-static void teacher_tile(const float* t, const float* s, const float* student_exponentials, int64_t n, float teacher_max,
-                         float teacher_scale, float max, float scale, double& teacher_sum, double& cross_sum) {
+static void teacher_tile(const float* t, const float* s, int64_t n, float teacher_max, float teacher_scale, float max,
+                         float scale, double& teacher_sum, double& cross_sum) {
     vf exponentials = splat(0.0f), cross = splat(0.0f);
     for (int64_t i = 0; i < n; i += W) {
         const vf xt = scaled(load(t + i), teacher_max, teacher_scale);
@@ -140,7 +138,6 @@ static void teacher_tile(const float* t, const float* s, const float* student_ex
         const vf xs = scaled(load(s + i), max, scale);
         if (kind == Cross::forward_kl) cross += e * (xt - xs);
         if (kind == Cross::cross_entropy) cross -= e * xs;
-        if (kind == Cross::reverse_kl) cross += load(student_exponentials + i) * (xs - xt);
     }
     teacher_sum = sum(exponentials);
     cross_sum = sum(cross);
@@ -168,7 +165,7 @@ FASTKD_INLINE double raise(float& max, float highest, float scale) {
 }
 
 FASTKD_INLINE void add_teacher(const LogitRow& row, int32_t k, int64_t begin, int64_t n, const float* s,
-                               const float* exponentials, const StudentSums& student, double moved, TeacherSums& sums) {
+                               const StudentSums& student, double moved, TeacherSums& sums) {
     Tile scratch;
     const float* t = fetch(row.teachers[k], begin, n, scratch);
     const float scale = row.teacher_scale[k];
@@ -179,22 +176,15 @@ FASTKD_INLINE void add_teacher(const LogitRow& row, int32_t k, int64_t begin, in
     const double teacher_moved = raise(sums.max, highest, scale);
     // When both maxima move, x_t - x_s moves by the difference, and what it is weighted with shrinks.
     const double shrink = teacher_moved == 0 ? 1 : __builtin_exp2(teacher_moved);
-    if (moved != 0 || teacher_moved != 0) {
-        if (kind == Cross::forward_kl) sums.cross = (sums.cross + (teacher_moved - moved) * sums.sum) * shrink;
-        if (kind == Cross::cross_entropy) sums.cross = (sums.cross - moved * sums.sum) * shrink;
-        if (kind == Cross::reverse_kl) {
-            sums.cross = (sums.cross * (moved == 0 ? 1 : __builtin_exp2(moved))) + (moved - teacher_moved) * student.sum;
-        }
-    }
+    if (kind == Cross::forward_kl) sums.cross = (sums.cross + (teacher_moved - moved) * sums.sum) * shrink;
+    if (kind == Cross::cross_entropy) sums.cross = (sums.cross - moved * sums.sum) * shrink;
     sums.sum *= shrink;
     double tile_sum, tile_cross, count = 0;
     const int64_t whole = padded(n);
-    switch (kind) {
-        case Cross::none: teacher_tile<Cross::none>(t, s, exponentials, whole, sums.max, scale, student.max, row.scale, tile_sum, tile_cross); break;
-        case Cross::forward_kl: teacher_tile<Cross::forward_kl>(t, s, exponentials, whole, sums.max, scale, student.max, row.scale, tile_sum, tile_cross); break;
-        case Cross::cross_entropy: teacher_tile<Cross::cross_entropy>(t, s, exponentials, whole, sums.max, scale, student.max, row.scale, tile_sum, tile_cross); break;
-        case Cross::reverse_kl: teacher_tile<Cross::reverse_kl>(t, s, exponentials, whole, sums.max, scale, student.max, row.scale, tile_sum, tile_cross); break;
-    }
+    const auto tile = kind == Cross::forward_kl      ? teacher_tile<Cross::forward_kl>
+                      : kind == Cross::cross_entropy ? teacher_tile<Cross::cross_entropy>
+                                                     : teacher_tile<Cross::none>;
+    tile(t, s, whole, sums.max, scale, student.max, row.scale, tile_sum, tile_cross);
     if (row.divergence == Divergence::mse) squared_tile(t, s, whole, tile_cross, count);
     sums.sum += tile_sum;
     sums.cross += tile_cross;
@@ -202,8 +192,7 @@ FASTKD_INLINE void add_teacher(const LogitRow& row, int32_t k, int64_t begin, in
 }
 
 void statistics(const LogitRow& row, StudentSums& student, TeacherSums* teachers) {
-    Tile scratch, exponentials;
-    const bool keep = row.divergence == Divergence::reverse_kl;
+    Tile scratch;
     const int64_t shared = row.soft ? row.shared : 0;
     for (int64_t begin = 0; begin < shared; begin += kTile) {
         const int64_t n = shared - begin < kTile ? shared - begin : kTile;
@@ -218,10 +207,10 @@ void statistics(const LogitRow& row, StudentSums& student, TeacherSums* teachers
             student.hard_sum *= __builtin_exp2(shift(before, student.max, kLog2e));
         }
         double soft_sum = 0, hard_sum = 0;
-        student_tile(row.hard, s, padded(n), student.max, row.scale, keep ? exponentials.data : nullptr, soft_sum, hard_sum);
+        student_tile(row.hard, s, padded(n), student.max, row.scale, soft_sum, hard_sum);
         if (row.total) student.total += total(s, n);
         for (int32_t k = 0; k < row.teacher_count; ++k) {
-            if (row.teacher_scale[k] != 0) add_teacher(row, k, begin, n, s, exponentials.data, student, moved, teachers[k]);
+            if (row.teacher_scale[k] != 0) add_teacher(row, k, begin, n, s, student, moved, teachers[k]);
         }
         student.sum += soft_sum;
         student.hard_sum += hard_sum;
@@ -235,7 +224,7 @@ void statistics(const LogitRow& row, StudentSums& student, TeacherSums* teachers
         extremes(s, n, highest, lowest);
         const double moved = raise(student.hard_max, highest, kLog2e);
         double soft_sum = 0, hard_sum = 0;
-        student_tile<Hard::same>(s, padded(n), student.hard_max, kLog2e, nullptr, soft_sum, hard_sum);
+        student_tile<Hard::same>(s, padded(n), student.hard_max, kLog2e, soft_sum, hard_sum);
         student.hard_sum = student.hard_sum * (moved == 0 ? 1 : __builtin_exp2(moved)) + hard_sum;
         if (row.total) student.total += total(s, n);
     }
@@ -248,24 +237,29 @@ static void divergence_sums(const LogitRow& row, int32_t k, const Normaliser& st
                             double* value, double* omega) {
     Tile student_scratch, teacher_scratch;
     const Divergence piece(row.beta, teacher, student);
-    *value = *omega = 0;
+    double value_sum = 0, slope_sum = 0, mass = 0;
     for (int64_t begin = 0; begin < row.shared; begin += kTile) {
         const int64_t n = row.shared - begin < kTile ? row.shared - begin : kTile;
         const float* s = fetch(row.student, begin, n, student_scratch);
         const float* t = fetch(row.teachers[k], begin, n, teacher_scratch);
-        vf values = splat(0.0f), weights = splat(0.0f);
+        vf values = splat(0.0f), slopes = splat(0.0f), masses = splat(0.0f);
         for (int64_t i = 0; i < padded(n); i += W) {
             const Term term = piece(scaled(load(t + i), teacher), scaled(load(s + i), student));
             values += term.v;
-            weights += rounded(term.w);
+            slopes += term.q * term.h;
+            masses += term.q;
         }
-        *value += sum(values);
-        *omega += sum(weights);
+        value_sum += sum(values);
+        slope_sum += sum(slopes);
+        mass += sum(masses);
     }
+    *value = value_sum;
+    *omega = slope_sum / mass;
 }
 
 void divergence(const LogitRow& row, int32_t k, const Normaliser& student, const Normaliser& teacher, double* value, double* omega) {
     switch (row.divergence) {
+        case Divergence::reverse_kl: return divergence_sums<ReverseKl>(row, k, student, teacher, value, omega);
         case Divergence::jsd: return divergence_sums<Jsd>(row, k, student, teacher, value, omega);
         case Divergence::skew_kl: return divergence_sums<SkewKl>(row, k, student, teacher, value, omega);
         case Divergence::skew_reverse_kl: return divergence_sums<SkewReverseKl>(row, k, student, teacher, value, omega);
@@ -274,7 +268,7 @@ void divergence(const LogitRow& row, int32_t k, const Normaliser& student, const
     }
 }
 
-// out = coefficient * (W - q omega), and in the pass of the first teacher the hard term.
+// out = coefficient * q (h - omega), and in the pass of the first teacher the hard term.
 template <class Divergence, Hard hard>
 static void gradient_tile(const LogitRow& row, const LogitGradient& g, int32_t k, bool first, const float* s, const float* t,
                           int64_t n, float* out) {
@@ -285,7 +279,7 @@ static void gradient_tile(const LogitRow& row, const LogitGradient& g, int32_t k
         const vf logits = load(s + i);
         const Term term = piece(scaled(load(t + i), teacher), scaled(logits, student));
         const vf q = term.q;
-        vf grad = coefficient * (rounded(term.w) - q * omega);
+        vf grad = coefficient * piece.slope(term, omega);
         if (first) {
             grad += g.student_coefficient * q + g.constant;
             if (hard == Hard::square) grad += g.power_coefficient * (q * q);

@@ -57,7 +57,7 @@ struct Normaliser {
 struct LogitGradient {
     Normaliser student;
     const Normaliser* teachers;
-    const float* teacher_coefficient;  // of W_j - q_j omega (of s_j - t_j for mse); 0 skips this teacher
+    const float* teacher_coefficient;  // of q_j (h_j - omega), for mse of s_j - t_j; 0 skips this teacher
     const double* omega;
     float student_coefficient;         // of q_j: the hard term at T = 1
     float power_coefficient;           // of q_j^2 or q_j^4, which is q_j at temperature 1 up to a factor
@@ -69,9 +69,9 @@ struct LogitGradient {
 };
 
 struct LogitKernels {
-    // One pass over the logits: the sums, and for forward_kl, reverse_kl, cross_entropy and mse the divergence.
+    // One pass over the logits: the sums, and for forward_kl, cross_entropy and mse the divergence.
     void (*statistics)(const LogitRow&, StudentSums&, TeacherSums*);
-    // The other divergences: sum v and sum W of one teacher, natural logarithms.
+    // The other divergences: sum v and omega of one teacher.
     void (*divergence)(const LogitRow&, int32_t teacher, const Normaliser& student, const Normaliser& teacher_normaliser,
                        double* value, double* omega);
     // One row of the gradient, in the student's dtype; it may be the student's own memory.

@@ -102,22 +102,18 @@ Divided finish(const RowTask& task, int32_t k, const LogitKernels& kernels, cons
             const bool infinite = valid && student.masked && kernels.unmatched(row.student, taught, row.shared);
             return {infinite ? kInfinity : valid ? value : kNan, -1};
         }
-        case Divergence::reverse_kl: {
-            const double finite = kLn2 * (teacher.cross / zs + std::log2(zt / zs));
-            const bool infinite = valid && teacher.masked && kernels.unmatched(taught, row.student, row.shared);
-            const double value = infinite ? kInfinity : valid ? finite : kNan;
-            return {value, value};
-        }
         case Divergence::mse: {
             const double value = valid ? teacher.cross / teacher.count : kNan;
             return {value, std::isfinite(value) ? teacher.count : value};
         }
         default: {
-            Divided result;
             const double* columns = state + kFirstTeacher + kTeacherColumns * k;
+            Divided result;
             kernels.divergence(row, k, normaliser(state + kStudentMax, row.scale),
                                normaliser(columns, row.teacher_scale[k]), &result.value, &result.omega);
-            return result;
+            const bool infinite = row.divergence == Divergence::reverse_kl && valid && teacher.masked &&
+                                  kernels.unmatched(taught, row.student, row.shared);
+            return infinite ? Divided{kInfinity, kInfinity} : result;
         }
     }
 }
@@ -188,28 +184,19 @@ struct GradientScratch {
     explicit GradientScratch(size_t n) : teachers(n), coefficients(n), omega(n) {}
 };
 
-// reverse_kl's piece has W = q (x_s - x_t) in bits, without the logarithms of the sums that the state's omega has.
-double omega_of_piece(Divergence divergence, double omega, const Normaliser& student, const Normaliser& teacher) {
-    return divergence == Divergence::reverse_kl ? omega / kLn2 - (teacher.log_sum - student.log_sum) : omega;
-}
-
 void teacher_terms(const LogitProblem& p, int64_t i, RowTask& task, const double* state, double weight,
-                   const Normaliser& student, GradientScratch& scratch) {
+                   GradientScratch& scratch) {
     const double t = task.temperature;
     for (size_t k = 0; k < task.teachers.size(); ++k) {
         const double* columns = state + kFirstTeacher + kTeacherColumns * k;
         const double omega = columns[kOmega];
-        double coefficient = weight * p.teacher_weight[k][i];
-        if (p.divergence == Divergence::mse) {
-            coefficient *= 2 / omega;
-        } else {
-            coefficient *= (p.scale_by_t2 ? t : 1 / t) * (p.divergence == Divergence::reverse_kl ? kLn2 : 1);
-        }
+        const double slope = p.divergence == Divergence::mse ? 2 / omega : p.scale_by_t2 ? t : 1 / t;
+        double coefficient = weight * p.teacher_weight[k][i] * slope;
         if (weight == 0 || omega == kInfinity) coefficient = 0;
         if (coefficient == 0) task.teacher_scale[k] = 0;
         scratch.teachers[k] = normaliser(columns, task.teacher_scale[k]);
         scratch.coefficients[k] = static_cast<float>(coefficient);
-        scratch.omega[k] = omega_of_piece(p.divergence, omega, student, scratch.teachers[k]);
+        scratch.omega[k] = omega;
     }
 }
 
@@ -238,7 +225,7 @@ void backward_row(const LogitProblem& p, int64_t i, RowTask& task, const LogitKe
     g.teacher_coefficient = scratch.coefficients.data();
     g.omega = scratch.omega.data();
     g.label = -1;
-    teacher_terms(p, i, task, state, weight * (1 - task.alpha), g.student, scratch);
+    teacher_terms(p, i, task, state, weight * (1 - task.alpha), scratch);
     if (!task.hard || weight == 0) task.row.hard = Hard::none;
     if (task.row.hard != Hard::none) hard_terms(p, task, state, weight * task.alpha, g);
     kernels.gradient(task.row, g, grad);

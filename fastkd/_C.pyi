@@ -1,0 +1,25 @@
+"""csrc/bindings.cpp: kernels on addresses. What an argument means is said there and in the headers it includes."""
+
+cuda_architectures: str
+"""Those that the CUDA kernels were compiled for, such as "80,90"; empty without CUDA."""
+
+def instruction_set() -> str: ...
+
+# A problem is the flat tuple of numbers that fastkd/native/logit.py lays out.
+def logit_forward(
+    problem: tuple[float, ...], reduce: bool, divisor: float, loss: int, state: int, /
+) -> tuple[int, float]: ...
+def logit_backward(
+    problem: tuple[float, ...],
+    state: int,
+    grad_loss: int,
+    grad_loss_stride: int,
+    scale: float,
+    grad: int,
+    stride: int,
+    fresh: bool,
+    /,
+) -> None: ...
+
+# Only where the extension was built with CUDA.
+def cuda_device_count() -> int: ...

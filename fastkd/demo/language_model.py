@@ -1,0 +1,38 @@
+"""A transformer small enough to train while one waits."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LanguageModel(nn.Module):
+    """Embedding, one pre-norm block, and the embedding again as output head."""
+
+    def __init__(self, log_frequency: Tensor, window: int, width: int, heads: int = 4) -> None:
+        super().__init__()
+        self.heads = heads
+        self.token = nn.Embedding(len(log_frequency), width)
+        self.position = nn.Parameter(torch.empty(window, width))
+        self.attention_norm, self.mlp_norm, self.head_norm = (nn.LayerNorm(width) for _ in range(3))
+        self.query_key_value, self.mix = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        # Starting from how frequent each token is spares the first hundred steps, which learn nothing else.
+        self.bias = nn.Parameter(log_frequency.clone())
+        for weight in (self.token.weight, self.position):
+            nn.init.normal_(weight, std=0.02)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Logits ``(batch, window, vocabulary)`` of ids ``(batch, window)``."""
+        x = self.token(ids) + self.position[: ids.shape[1]]
+        x = x + self._attend(self.attention_norm(x))
+        x = x + self.mlp(self.mlp_norm(x))
+        return F.linear(self.head_norm(x), self.token.weight, self.bias)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        split = self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = split.unbind()
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        heads_joined: Tensor = self.mix(mixed.transpose(1, 2).flatten(2))
+        return heads_joined

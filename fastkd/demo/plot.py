@@ -1,0 +1,117 @@
+"""The picture of a run. Drawn without pyplot: no window, no global state."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from .digits import DigitsResult
+from .report import ratio
+from .text import TextResult
+
+GREY, BLUE, ORANGE, GREEN = "#8a8f98", "#2563a8", "#d97706", "#15803d"
+
+
+def draw(path: Path, digits: DigitsResult | None, text: TextResult | None) -> None:
+    panels: list[Callable[[Axes], None]] = []
+    if digits is not None:
+        panels.append(lambda axes: _accuracy(axes, digits))
+    if text is not None:
+        panels += [
+            lambda axes: _curves(axes, text),
+            lambda axes: _costs(axes, text),
+            lambda axes: _held_out(axes, text),
+        ]
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(
+        figsize=(6.4 * columns, 4.4 * rows), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12), dpi=130
+    )
+    FigureCanvasAgg(figure)
+    figure.suptitle("fastkd demo", fontsize=15, fontweight="bold")
+    for number, panel in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        axes.spines[["top", "right"]].set_visible(False)
+        panel(axes)
+    figure.savefig(path)
+
+
+def _accuracy(axes: Axes, result: DigitsResult) -> None:
+    names = (f"{result.labels} labels,\ncross-entropy", f"{result.labels} labels and the teacher,\nfastkd.kd_loss")
+    for place, (values, colour) in enumerate(((result.labels_alone, GREY), (result.distilled, GREEN))):
+        mean = statistics.fmean(values)
+        across = [place + 0.07 * (i - (len(values) - 1) / 2) for i in range(len(values))]
+        axes.scatter(across, values, color=colour, s=42, alpha=0.8, zorder=3, label="one seed" if place == 0 else "")
+        axes.hlines(mean, place - 0.25, place + 0.25, color=colour, linewidth=2.5, label="mean" if place == 0 else "")
+        axes.annotate(f"{mean:.1f} %", (place + 0.28, mean), va="center", color=colour, fontsize=12, fontweight="bold")
+    axes.axhline(result.teacher_accuracy, color=BLUE, linestyle="--", label=f"teacher, {result.teacher_accuracy:.1f} %")
+    axes.set_xticks([0, 1], names)
+    axes.set_xlim(-0.5, 1.6)
+    axes.set_ylim(top=100)
+    axes.set_ylabel("test accuracy (%)")
+    axes.set_title(f"Handwritten digits: a student of {result.student_parameters:,} parameters")
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(loc="lower right", frameon=False)
+
+
+def _curves(axes: Axes, result: TextResult) -> None:
+    steps = range(1, len(result.eager.losses) + 1)
+    axes.plot(steps, result.eager.losses, color=ORANGE, linewidth=5, alpha=0.45, label="eager PyTorch")
+    axes.plot(steps, result.fastkd.losses, color=BLUE, linewidth=1.5, label="fastkd.kd_loss")
+    axes.set_xlabel("training step")
+    axes.set_ylabel("distillation loss (nats per token)")
+    axes.set_title(f"The same curve: largest relative difference {result.largest_difference:.0e}")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+
+
+def _costs(axes: Axes, result: TextResult) -> None:
+    """Bars relative to eager, since milliseconds and megabytes share no axis; the numbers stand on the bars."""
+    quantities = (
+        ("loss,\nforward + backward", "loss_milliseconds", "ms"),
+        ("whole\ntraining step", "step_milliseconds", "ms"),
+        ("peak memory\nbeside weights", "peak_megabytes", "MB"),
+    )
+    shown = [quantity for quantity in quantities if ratio(result, quantity[1]) is not None]
+    for place, (_, field, unit) in enumerate(shown):
+        eager, fast = getattr(result.eager, field), getattr(result.fastkd, field)
+        for shift, value, colour in ((-0.19, eager, ORANGE), (0.19, fast, BLUE)):
+            share = 100 * value / eager
+            axes.bar(place + shift, share, width=0.34, color=colour, alpha=0.85)
+            axes.annotate(
+                f"{value:,.0f} {unit}", (place + shift, share), (0, 3), textcoords="offset points", ha="center"
+            )
+    axes.bar(0, 0, color=ORANGE, label="eager PyTorch")
+    axes.bar(0, 0, color=BLUE, label="fastkd")
+    axes.set_xticks(range(len(shown)), [name for name, _, _ in shown])
+    axes.set_ylim(0, 125)
+    axes.set_ylabel("relative to eager (%)")
+    axes.set_title(f"What it costs: {result.rows_per_step} tokens, vocabulary {result.vocabulary:,}")
+    axes.legend(frameon=False, loc="upper right", ncols=2)
+
+
+def _held_out(axes: Axes, result: TextResult) -> None:
+    held_out = result.held_out
+    points = (
+        ("student untrained", held_out.student_untrained, GREY),
+        ("student, labels alone", held_out.student_labels_alone, GREY),
+        ("student, eager KD", held_out.student_eager, ORANGE),
+        ("student, fastkd", held_out.student_fastkd, BLUE),
+        ("teacher", held_out.teacher, GREEN),
+    )
+    lowest, highest = (choose(loss for _, loss, _ in points) for choose in (min, max))
+    for place, (_, loss, colour) in enumerate(points):
+        axes.plot(loss, place, "o", color=colour, markersize=11)
+        axes.annotate(f"{loss:.2f}", (loss, place), (11, 0), textcoords="offset points", va="center", fontweight="bold")
+    axes.set_yticks(range(len(points)), [name for name, _, _ in points])
+    axes.set_ylim(len(points) - 0.5, -0.5)
+    axes.set_xlim(lowest - 0.15 * (highest - lowest), highest + 0.25 * (highest - lowest))
+    axes.grid(alpha=0.25)
+    axes.set_xlabel("held-out cross-entropy (nats per token), lower is better")
+    axes.set_title(f"What the student learned in {len(result.fastkd.losses)} steps")

@@ -1,0 +1,123 @@
+"""What the demo says at the end: a table for each part, and the same numbers in a JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..cli import versions
+from . import memory
+from .digits import DigitsResult, spread
+from .settings import Settings
+from .text import Curve, TextResult
+
+
+def write_json(path: Path, settings: Settings, digits: DigitsResult | None, text: TextResult | None) -> None:
+    report: dict[str, Any] = {"versions": versions(), "settings": dataclasses.asdict(settings)}
+    if digits is not None:
+        means = {name: mean_and_spread(values) for name, values in students(digits).items()}
+        report["digits"] = {**dataclasses.asdict(digits), "gain": digits.gain(), "mean_and_spread": means}
+    if text is not None:
+        perplexity = {name: math.exp(loss) for name, loss in dataclasses.asdict(text.held_out).items()}
+        report["text"] = {
+            **dataclasses.asdict(text),
+            "ratio": {
+                field: ratio(text, field) for field in ("loss_milliseconds", "step_milliseconds", "peak_megabytes")
+            },
+            "perplexity": perplexity,
+            "peak_megabytes_is": memory.MEANING,
+        }
+    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def students(result: DigitsResult) -> dict[str, Sequence[float]]:
+    return {"labels_alone": result.labels_alone, "distilled": result.distilled}
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.fmean(values), spread(values)
+
+
+def ratio(result: TextResult, field: str) -> float | None:
+    """Eager divided by fastkd."""
+    eager, fast = getattr(result.eager, field), getattr(result.fastkd, field)
+    return eager / fast if eager and fast else None
+
+
+def print_digits(console: Console, result: DigitsResult) -> None:
+    table = Table(title=f"Handwritten digits, {result.test_rows} test images", title_style="bold")
+    table.add_column("trained with")
+    for heading in ("parameters", "images", "labels", "accuracy %"):
+        table.add_column(heading, justify="right")
+    teacher, student = f"{result.teacher_parameters:,}", f"{result.student_parameters:,}"
+    rows, labels = str(result.train_rows), str(result.labels)
+    table.add_row("teacher: cross-entropy", teacher, rows, rows, f"{result.teacher_accuracy:.1f}", end_section=True)
+    alone, distilled = (f"{mean:.1f} ± {std:.1f}" for mean, std in map(mean_and_spread, students(result).values()))
+    table.add_row("student: cross-entropy", student, labels, labels, alone)
+    table.add_row("student: fastkd.kd_loss", student, rows, labels, f"[bold green]{distilled}[/]")
+    table.caption = (
+        f"Mean ± standard deviation of {len(result.distilled)} seeds: distillation gains {result.gain():.1f} points. "
+        "Images without a label have alpha = 0: the teacher alone speaks about them."
+    )
+    console.print(table)
+
+
+def print_text(console: Console, result: TextResult) -> None:
+    console.print(_cost_table(result))
+    console.print(_learning_table(result))
+
+
+def _cost_table(result: TextResult) -> Table:
+    table = Table(title=f"Language model, {result.rows_per_step} x {result.vocabulary:,} logits", title_style="bold")
+    table.add_column("median of a training step")
+    for heading in ("eager", "fastkd", "eager / fastkd"):
+        table.add_column(heading, justify="right")
+
+    def row(name: str, field: str, unit: str) -> None:
+        values = [_measured(curve, field, unit) for curve in (result.eager, result.fastkd)]
+        quotient = ratio(result, field)
+        table.add_row(name, *values, "" if quotient is None else f"[bold green]{quotient:.1f} x[/]")
+
+    row("loss, forward and backward", "loss_milliseconds", "ms")
+    row("whole step", "step_milliseconds", "ms")
+    row("peak memory beside weights", "peak_megabytes", "MB")
+    last = result.eager.losses[-1], result.fastkd.losses[-1]
+    table.add_row("loss of the last step", *(f"{loss:.6f}" for loss in last), "")
+    table.caption = (
+        f"fastkd ran {result.implementation}. Steps were taken in turns on the same batches; over the first "
+        f"{result.compared_steps} the two losses differ by {result.largest_difference:.1e} at most (relative). "
+        f"Memory: {memory.MEANING}."
+    )
+    return table
+
+
+def _measured(curve: Curve, field: str, unit: str) -> str:
+    value = getattr(curve, field)
+    return "not available" if value is None else f"{value:,.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
+
+
+def _learning_table(result: TextResult) -> Table:
+    table = Table(title=f"What it learned, {result.evaluated_tokens:,} tokens of held-out texts", title_style="bold")
+    for heading in ("model", "parameters", "steps", "nats per token", "perplexity"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    held_out = result.held_out
+    teacher, student = f"{result.teacher_parameters:,}", f"{result.student_parameters:,}"
+    steps = str(len(result.fastkd.losses))
+    for name, parameters, trained, loss in (
+        ("token frequencies", "", "", held_out.token_frequencies),
+        ("teacher", teacher, str(result.teacher_steps), held_out.teacher),
+        ("student before training", student, "0", held_out.student_untrained),
+        ("student, labels alone", student, steps, held_out.student_labels_alone),
+        ("student, eager loss", student, steps, held_out.student_eager),
+        ("student, fastkd.kd_loss", student, steps, held_out.student_fastkd),
+    ):
+        table.add_row(name, parameters, trained, f"{loss:.3f}", f"{math.exp(loss):,.0f}")
+    return table

@@ -1,0 +1,219 @@
+"""The demo, on sizes that take seconds: what it leaves behind, and that its checks can fail."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import demo
+from fastkd.demo import corpus, digits, memory, text
+from fastkd.demo.language_model import LanguageModel
+from fastkd.demo.settings import DigitsSettings, Settings, TextSettings
+
+TINY = Settings(
+    seeds=(0, 1),
+    digits=DigitsSettings(
+        teacher_hidden=(64,), teacher_steps=100, teacher_lr=1e-2, student_steps=250, labels_per_class=3
+    ),
+    text=TextSettings(
+        vocabulary=600,
+        source_files=4,
+        window=16,
+        batch=4,
+        teacher_width=16,
+        student_width=8,
+        teacher_steps=4,
+        student_steps=5,
+        evaluation_batches=2,
+    ),
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """At these sizes threads only wait for one another, for seconds where the machine has other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "demo.json").read_text())
+
+
+def test_both_parts_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "not" / "there"
+    assert demo.run(out, settings=TINY) == 0
+    assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    report = report_of(out)
+    assert report["versions"]["fastkd"] == fastkd.__version__
+    assert report["settings"] == json.loads(json.dumps(asdict(TINY)))
+
+    part = report["digits"]
+    assert len(part["labels_alone"]) == len(part["distilled"]) == len(TINY.seeds)
+    assert part["labels"] == 10 * TINY.digits.labels_per_class
+    assert part["gain"] == pytest.approx(
+        part["mean_and_spread"]["distilled"][0] - part["mean_and_spread"]["labels_alone"][0]
+    )
+
+    part = report["text"]
+    assert part["vocabulary"] == TINY.text.vocabulary
+    assert len(part["eager"]["losses"]) == len(part["fastkd"]["losses"]) == TINY.text.student_steps
+    assert part["largest_difference"] <= TINY.text.tolerance
+    assert part["ratio"]["loss_milliseconds"] == pytest.approx(
+        part["eager"]["loss_milliseconds"] / part["fastkd"]["loss_milliseconds"]
+    )
+    assert all(math.isfinite(loss) and loss > 0 for loss in part["held_out"].values())
+
+    printed = capsys.readouterr().out
+    assert "fastkd.kd_loss" in printed
+    assert "FAILED" not in printed
+
+
+@pytest.mark.parametrize("part", demo.PARTS)
+def test_one_part(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other part is neither run nor drawn."""
+    other = {"digits": text, "text": digits}[part]
+    monkeypatch.setattr(other, "run", lambda *_: pytest.fail("ran the other part"))
+    assert demo.run(tmp_path, (part,), TINY) == 0
+    assert demo.PARTS[1 - demo.PARTS.index(part)] not in report_of(tmp_path)
+    assert (tmp_path / "demo.png").stat().st_size > 10_000
+
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def wrong_alpha(settings: TextSettings) -> Loss:
+    return FASTKD_LOSS(replace(settings, alpha=1.1 * settings.alpha))
+
+
+def not_a_number(settings: TextSettings) -> Loss:
+    return lambda *arguments: FASTKD_LOSS(settings)(*arguments) * math.nan
+
+
+def only_slightly_wrong(settings: TextSettings) -> Loss:
+    return lambda *arguments: FASTKD_LOSS(settings)(*arguments) * (1 + 3 * settings.tolerance)
+
+
+FASTKD_LOSS = text.fastkd_loss
+
+
+@pytest.mark.parametrize("loss", [wrong_alpha, not_a_number, only_slightly_wrong])
+def test_fails_when_the_curves_differ(
+    loss: Callable[[TextSettings], Loss],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(text, "fastkd_loss", loss)
+    assert demo.run(tmp_path, ("text",), TINY) == 1
+    assert "FAILED text: the losses of eager and fastkd differ" in capsys.readouterr().out
+    assert report_of(tmp_path)["text"]["eager"]["losses"]
+    assert (tmp_path / "demo.png").exists()
+
+
+def test_fails_when_the_teacher_knows_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = fastkd.kd_loss
+
+    def noise(student: torch.Tensor, teacher: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        return honest(student, 10 * torch.randn_like(teacher), *arguments, **options)
+
+    monkeypatch.setattr(fastkd, "kd_loss", noise)
+    assert demo.run(tmp_path, ("digits",), TINY) == 1
+    assert "FAILED digits: distillation gains -" in capsys.readouterr().out
+
+
+def test_one_thread_for_the_digits_alone() -> None:
+    torch.set_num_threads(2)
+    with digits.one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 2
+
+
+def test_gain_has_to_exceed_the_spread() -> None:
+    result = digits.DigitsResult(1, 1, 1, 1, 1, 100.0, labels_alone=[70.0, 90.0], distilled=[85.0, 95.0], seconds=0.0)
+    assert result.problem() is not None
+    assert replace(result, labels_alone=[79.0, 81.0], distilled=[89.0, 91.0]).problem() is None
+
+
+def test_difference_is_relative_and_sees_the_compared_steps_alone() -> None:
+    assert text.largest_difference([2.0, 1.0, 1.0], [2.0, 1.5, 9.0], steps=2) == pytest.approx(0.5)
+    assert math.isnan(text.largest_difference([1.0, 1.0], [math.nan, 1.0], steps=2))
+
+
+def test_eager_loss_is_what_pytorch_says_without_padding() -> None:
+    settings = replace(TINY.text, temperature=2.0)
+    student, teacher, target = torch.randn(2, 3, 7), torch.randn(2, 3, 7), torch.randint(7, (2, 3))
+    log_q, log_p = ((logits / 2.0).flatten(0, 1).log_softmax(-1) for logits in (student, teacher))
+    hard = torch.nn.functional.cross_entropy(student.flatten(0, 1), target.flatten())
+    soft = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    expected = settings.alpha * hard + (1 - settings.alpha) * 4 * soft
+    torch.testing.assert_close(text.eager_loss(settings)(student, teacher, target), expected)
+
+
+def test_labels_are_shifted_and_padded() -> None:
+    tokens = torch.arange(100)
+    inputs, target = corpus.draw(tokens, batch=5, window=8, generator=torch.Generator().manual_seed(0))
+    assert inputs.shape == target.shape == (5, 8)
+    assert torch.equal(target[:, :-1], inputs[:, 1:])
+    assert (target[:, -1] == corpus.IGNORE).all()
+
+
+def test_a_language_model_learns_what_repeats() -> None:
+    tokens = torch.arange(20).repeat(40)
+    settings = replace(TINY.text, vocabulary=20)
+    repeating = corpus.Corpus(vocabulary=20, train=tokens, held_out=tokens)
+    model = LanguageModel(repeating.log_frequency(), settings.window, settings.student_width)
+    assert text.held_out_loss(model, settings, repeating) == pytest.approx(math.log(20), abs=0.5)
+    for _ in text.train_on_labels(model, settings, repeating, steps=100, lr=3e-2, seed=0):
+        pass
+    assert text.held_out_loss(model, settings, repeating) < math.log(20) / 5
+
+
+def test_a_vocabulary_that_the_texts_do_not_give() -> None:
+    with pytest.raises(RuntimeError, match="byte-pair tokens, 1000000 are needed"):
+        corpus.load(1_000_000, source_files=1)
+
+
+def test_labelled_rows_are_balanced_and_differ_by_seed() -> None:
+    target = digits.load().train_target
+    first, second = (digits.choose_labelled(target, 6, seed) for seed in (0, 1))
+    assert torch.bincount(target[first]).tolist() == [6] * 10
+    assert len(first.unique()) == 60
+    assert set(first.tolist()) != set(second.tolist())
+
+
+def test_peak_sees_memory_that_is_gone_again() -> None:
+    if not memory.available():
+        pytest.skip("this system has no high-water mark that can be set back")
+    size = 256 << 20
+    peak = memory.Peak()
+    block = bytearray(b"\1") * size
+    del block
+    assert peak.bytes() == pytest.approx(size, rel=0.2)
+    assert memory.Peak().bytes() == pytest.approx(0, abs=size / 4)
+
+
+def test_without_a_high_water_mark_the_table_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "CLEAR_REFS", tmp_path / "no" / "such" / "file")
+    memory.available.cache_clear()
+    try:
+        assert memory.Peak().bytes() is None
+        assert demo.run(tmp_path, ("text",), TINY) == 0
+    finally:
+        memory.available.cache_clear()
+    assert "not available" in capsys.readouterr().out
+    assert report_of(tmp_path)["text"]["ratio"]["peak_megabytes"] is None

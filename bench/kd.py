@@ -217,7 +217,7 @@ def _compile_now(contender: Contender) -> None:
 def _implementation(impl: str | None, *tensors: Tensor) -> str:
     """The name of what runs."""
     try:
-        module = _dispatch.pick("kd_loss", impl, tensors)
+        module = _dispatch.pick("kd_loss", impl, tensors[0], tensors[1:])
     except (RuntimeError, ImportError) as error:
         raise Unavailable(str(error)) from error
     names = {"fastkd_kernels": "triton", "fastkd.native": "native", "fastkd.reference": "reference"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
-import os
 import platform
 import re
 import subprocess
@@ -17,6 +16,7 @@ import torch
 import fastkd
 from bench.measure import Case, Contender, Figures, Sample, figures
 from bench.memory import Peak
+from fastkd import native
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -140,10 +140,10 @@ def _commit() -> str:
 
 
 def _isa(device: torch.device) -> str:
-    """Instruction set: what fastkd's C++ was forced to, else what torch found here, which is the widest both use."""
+    """The instruction set that fastkd's kernels use."""
     if device.type == "cuda":
         return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    return os.environ.get("FASTKD_CPU_ISA") or torch.backends.cpu.get_cpu_capability().lower()
+    return "" if native.missing() else str(native.extension().instruction_set())
 
 
 def _version(package: str) -> str:

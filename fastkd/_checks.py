@@ -1,7 +1,7 @@
 """Argument checks and the wording of their messages: ``<op>: <argument> must <rule>, got <value>``.
 
-ValueError for shapes and values, TypeError for types and dtypes. All of them run before a pointer is taken; what can only
-be seen by reading the data is checked on the CPU alone (by the native kernels, or by :func:`row_data` for the others).
+ValueError for shapes and values, TypeError for types and dtypes. All of them run before a pointer is taken; what can
+only be seen by reading the data is checked on the CPU alone (by the native kernels, or by :func:`row_data`).
 """
 
 from __future__ import annotations
@@ -63,31 +63,31 @@ def number(op: str, argument: str, value: Any, rule: str = "be a number") -> flo
 
 
 def fraction(op: str, argument: str, value: Any) -> float:
-    value = number(op, argument, value)
-    if not 0 <= value <= 1:
-        bad_value(op, argument, "be from 0 to 1", value)
-    return value
+    got = number(op, argument, value)
+    if not 0 <= got <= 1:
+        bad_value(op, argument, "be from 0 to 1", got)
+    return got
 
 
 def finite(op: str, argument: str, value: Any) -> float:
-    value = number(op, argument, value)
-    if not math.isfinite(value):
-        bad_value(op, argument, "be finite", value)
-    return value
+    got = number(op, argument, value)
+    if not math.isfinite(got):
+        bad_value(op, argument, "be finite", got)
+    return got
 
 
 def positive(op: str, argument: str, value: Any) -> float:
-    value = number(op, argument, value, "be a number or a tensor with one number per row")
-    if not 0 < value < math.inf:
-        bad_value(op, argument, "be positive and finite", value)
-    return value
+    got = number(op, argument, value, "be a number or a tensor with one number per row")
+    if not 0 < got < math.inf:
+        bad_value(op, argument, "be positive and finite", got)
+    return got
 
 
 def not_negative(op: str, argument: str, value: Any) -> float:
-    value = number(op, argument, value)
-    if not 0 <= value < math.inf:
-        bad_value(op, argument, "be finite and not negative", value)
-    return value
+    got = number(op, argument, value)
+    if not 0 <= got < math.inf:
+        bad_value(op, argument, "be finite and not negative", got)
+    return got
 
 
 def row_tensor(
@@ -109,7 +109,9 @@ def constant(op: str, argument: str, value: Tensor) -> None:
     if value.is_complex():
         bad_type(op, argument, "be real", value.dtype)
     if value.requires_grad:
-        bad_value(op, argument, "not require a gradient (it would get none): pass argument.detach()", "requires_grad=True")
+        bad_value(
+            op, argument, "not require a gradient (it would get none): pass argument.detach()", "requires_grad=True"
+        )
 
 
 def target(op: str, value: Any, student: Tensor, shape: Sequence[int]) -> Tensor:

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -59,9 +58,8 @@ def _module(name: str, family: str) -> ModuleType:
 
 def _refuse_triton(device: torch.device, dtypes: Dtypes, pinned: bool) -> str | None:
     if device.type != "cuda" and not (device.type == "cpu" and pinned and _interpreted()):
-        return f"the tensors are on {device.type}, Triton kernels need a CUDA device" + (
-            " (or TRITON_INTERPRET=1 and a pin, to be interpreted on the CPU)" if device.type == "cpu" else ""
-        )
+        hint = " (TRITON_INTERPRET=1 interprets them on the CPU)" if pinned and device.type == "cpu" else ""
+        return f"the tensors are on {device.type}, Triton kernels need a CUDA device{hint}"
     return _missing_triton() or _wide(dtypes)
 
 
@@ -109,7 +107,7 @@ def explain(op: str | None = None, *tensors: Tensor) -> None:
     Example:
         >>> explain("kd_loss", torch.zeros(2, 3, dtype=torch.float64))
         kd_loss
-          triton     the tensors are on cpu, Triton kernels need a CUDA device (or TRITON_INTERPRET=1 and a pin, to be interpreted on the CPU)
+          triton     the tensors are on cpu, Triton kernels need a CUDA device
           native     float64 is computed by the reference alone
           reference  ok <- runs
     """

@@ -7,11 +7,11 @@ functions with the same signature, so that choosing one is a module lookup::
     backward(rows, state, scale, grad_loss)  -> grad
 
 ``loss`` is ``(N,)`` when ``rows.reduce`` is false and 0-dim otherwise: ``sum_i L_i * scale``, summed in a fixed order,
-where ``scale`` (a float, or a 0-dim float64 tensor) is 1 / divisor, and 0 where the divisor is 0. ``grad`` has the student's shape and dtype; it is the
-student itself when ``rows.overwrite`` is true. ``state`` is a float64 tensor ``(N, state_width(teachers))``, the same
-in every implementation (one's forward may feed another's backward), with the columns below. It holds a few numbers a
-row, and everything in the row hangs on them: a gradient of 1e-11 at a probability near 1 is what is left of omega after a
-subtraction. Maxima are kept apart from the logarithms of sums: added, they would lose the digits of distant logits.
+where ``scale`` (a float, or a 0-dim float64 tensor) is 1 / divisor, and 0 where the divisor is 0. ``grad`` has the
+student's shape and dtype; it is the student itself when ``rows.overwrite`` is true. ``state`` is a float64 tensor
+``(N, state_width(teachers))``, the same in every implementation (one's forward may feed another's backward), with the
+columns below. It holds a few numbers a row, and everything in the row hangs on them. Maxima are kept apart from the
+logarithms of sums: added, they would lose the digits of distant logits.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ TEACHER_AGREES = 8  # the teacher_weight of the teachers whose best id is the st
 FIRST_TEACHER = 9  # then TEACHER_COLUMNS for each teacher:
 TEACHER_COLUMNS = 3  # max, log sum exp((teacher - max) / T_teacher), omega
 
-# omega is the one more number that a teacher's gradient needs:
-#   dD/dstudent_j = (W_j - q_j * omega) / T,  omega = sum_j W_j,  W_j = q_j * dD/dq_j  (up to a multiple of q_j);
+# omega is the one more number that a teacher's gradient needs: with h_j = dD/dq_j up to a constant,
+#   dD/dstudent_j = q_j * (h_j - omega) / T,    omega = sum_j q_j h_j / sum_j q_j;
 # mse stores the count of ids it averaged over. +inf says that the gradient of this teacher's term is 0 in this row.
 
 

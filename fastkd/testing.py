@@ -40,8 +40,8 @@ def assert_as_exact_as_fp32(
 ) -> None:
     """Assert, element by element, ``|got - exact| <= u |exact| + factor * E``.
 
-    ``exact`` is ``compute`` in float64 of the unrounded inputs, u the epsilon of got's dtype (and its smallest step near
-    0), and E, one number a row, the largest ``|compute in float32 - exact|`` over the inputs and over copies of them
+    ``exact`` is ``compute`` in float64 of the unrounded inputs, u the epsilon of got's dtype (near 0 its smallest step)
+    and E, one number a row, the largest ``|compute in float32 - exact|`` over the inputs and over copies of them
     jittered by one float32 ulp: a single float32 evaluation can be exact by luck. Where exact is not finite, got has to
     be the same infinity, or NaN.
 
@@ -109,8 +109,8 @@ def _check(index: int, got: Tensor, exact: Tensor, error: Tensor, factor: float,
     where = torch.unravel_index(excess.argmax(), excess.shape) if exact.ndim else ()
     at = tuple(int(i) for i in where)
     raise AssertionError(
-        f"output {index}: {int((~fine).sum())} of {fine.numel()} elements are off, worst at {at}: got {value[at].item()!r}, "
-        f"exact {exact[at].item()!r}, allowed {bound[at].item():.3g}"
+        f"output {index}: {int((~fine).sum())} of {fine.numel()} elements are off, worst at {at}: "
+        f"got {value[at].item()!r}, exact {exact[at].item()!r}, allowed {bound[at].item():.3g}"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -103,7 +103,7 @@ def reference(problem: Problem) -> Callable[..., tuple[Tensor, Tensor]]:
     return lambda *tensors: evaluate("reference", *tensors, upstream=problem.upstream(), **problem.options())
 
 
-@lru_cache(maxsize=None)
+@cache
 def answer(problem: Problem) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor | float, ...]]:
     """Exact loss and gradient, their E, and what a kink allows more."""
     exact, error = exact_and_error(reference(problem), *problem.tensors())

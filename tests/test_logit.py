@@ -30,6 +30,8 @@ def test_exact(impl: str, divergence: str, option: str, dtype: torch.dtype, logi
         turn = DIVERGENCES.index(divergence) + list(OPTIONS).index(option)
         if (dtype, logits) != (STORAGE[turn % 3], ("peaked", "flat")[turn // 3 % 2]):
             pytest.skip("interpreted: storage and logits take turns")
+        check(impl, Problem(divergence, dtype, logits, rows=3, vocabulary=97, option=option))
+        return
     check(impl, Problem(divergence, dtype, logits, option=option))
 
 
@@ -49,7 +51,7 @@ def test_exact(impl: str, divergence: str, option: str, dtype: torch.dtype, logi
     ],
 )
 def test_shapes(impl: str, divergence: str, rows: int, vocabulary: int) -> None:
-    if impl == "triton" and not torch.cuda.is_available() and rows * vocabulary > 2500:
+    if impl == "triton" and not torch.cuda.is_available() and rows * vocabulary > 500:
         pytest.skip("interpreted: small vocabularies")
     problem = Problem(divergence, torch.bfloat16, "peaked", rows, vocabulary, "temperature_2")
     if vocabulary == 1:
@@ -61,16 +63,21 @@ def test_shapes(impl: str, divergence: str, rows: int, vocabulary: int) -> None:
         check(impl, problem)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_largest_vocabulary(impl: str, divergence: str) -> None:
-    if impl == "triton" and not torch.cuda.is_available():
-        pytest.skip("interpreted: small vocabularies")
-    for logits in ("peaked", "flat"):
-        check(impl, Problem(divergence, torch.bfloat16, logits, 2, 262144, "temperature_2"))
+    """Flat logits: where a few ids have all the mass, an error in a long tail goes unseen."""
+    if impl == "reference" or (impl == "triton" and not torch.cuda.is_available()):
+        pytest.skip("for compiled kernels")
+    check(impl, Problem(divergence, torch.bfloat16, "flat", 1, 262144, "temperature_2"))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16)],
+    ids=str,
+)
 def test_teacher_of_another_dtype(impl: str, divergence: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     check(impl, Problem(divergence, dtypes[0], option="hard", teacher_dtypes=dtypes[1:]))
 
@@ -91,15 +98,16 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(impl: str, layout: str) -> None:
-    """Any layout gives the bits of the contiguous rows, for value and gradient."""
+    """Any layout gives what contiguous rows give: on the CPU the bits, on a GPU tiles begin where alignment has them."""
     arrange = LAYOUTS[layout]
     plain_student, plain_teacher = testing.peaked_logits(6, 129), testing.peaked_logits(6, 129, seed=1)
     student, teacher = arrange(plain_student), arrange(plain_teacher)
     upstream = torch.linspace(0.5, 1.5, 6).reshape(student.shape[:-1])
     loss, grad = evaluate(impl, student.detach(), teacher, upstream=upstream, temperature=2.0)
     want_loss, want_grad = evaluate(impl, plain_student, plain_teacher, upstream=upstream.reshape(6), temperature=2.0)
-    assert torch.equal(loss.reshape(6), want_loss)
-    assert torch.equal(grad.reshape(6, -1), want_grad)
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if impl == "triton" else {"rtol": 0, "atol": 0}
+    torch.testing.assert_close(loss.reshape(6), want_loss, **tolerance)
+    torch.testing.assert_close(grad.reshape(6, -1), want_grad, **tolerance)
 
 
 def test_maps(impl: str) -> None:
@@ -113,9 +121,7 @@ def test_maps(impl: str) -> None:
 
     options = {"temperature": 2.0, "divergence": "jsd"}
     upstream = torch.rand(2, 3, 4)
-    loss, grad = evaluate(
-        impl, student, teacher, upstream=upstream, target=target, row_weight=weight, dim=1, **options
-    )
+    loss, grad = evaluate(impl, student, teacher, upstream=upstream, target=target, row_weight=weight, dim=1, **options)
     want_loss, want_grad = evaluate(
         impl,
         rows(student),

@@ -24,7 +24,9 @@ def run(impl: str, student: Tensor, *teachers: Tensor, **options: Any) -> tuple[
 
 
 def exact(student: Tensor, *teachers: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    return evaluate("reference", student.double(), *(t.double() for t in teachers), upstream=torch.ones(len(student)), **options)
+    return evaluate(
+        "reference", student.double(), *(t.double() for t in teachers), upstream=torch.ones(len(student)), **options
+    )
 
 
 def assert_judged(impl: str, student: Tensor, teacher: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -47,7 +49,11 @@ def test_masked_vocabulary(impl: str, divergence: str, dtype: torch.dtype) -> No
     student, teacher = logits(1).to(dtype), logits(2).to(dtype)
     masked = torch.arange(V) % 3 == 1
     loss, grad = run(
-        impl, student.masked_fill(masked, -INF), teacher.masked_fill(masked, -INF), divergence=divergence, temperature=2.0
+        impl,
+        student.masked_fill(masked, -INF),
+        teacher.masked_fill(masked, -INF),
+        divergence=divergence,
+        temperature=2.0,
     )
     want_loss, want_grad = exact(student[:, ~masked], teacher[:, ~masked], divergence=divergence, temperature=2.0)
     torch.testing.assert_close(loss.double(), want_loss, rtol=1e-5, atol=1e-6)

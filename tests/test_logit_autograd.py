@@ -58,11 +58,12 @@ def test_strided_grad_output(impl: str, problem: tuple[Tensor, Tensor, Tensor]) 
 
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 def test_same_bits_twice(impl: str, dtype: torch.dtype) -> None:
-    student, teacher = peaked_logits(70, 501, dtype=dtype), peaked_logits(70, 501, seed=1, dtype=dtype)
+    n = 5 if impl == "triton" and not torch.cuda.is_available() else 70  # interpreted, a row takes its time
+    student, teacher = peaked_logits(n, 301, dtype=dtype), peaked_logits(n, 301, seed=1, dtype=dtype)
 
     def run() -> tuple[Tensor, Tensor]:
         leaf = student.clone().requires_grad_()
-        loss = fastkd.kd_loss(leaf, teacher, torch.arange(70), divergence="jsd", impl=impl)
+        loss = fastkd.kd_loss(leaf, teacher, torch.arange(n), divergence="jsd", impl=impl)
         loss.backward()
         assert leaf.grad is not None
         return loss.detach(), leaf.grad
@@ -108,7 +109,7 @@ def test_no_graph_without_a_student_that_wants_one(impl: str, problem: tuple[Ten
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_overwrite_student(impl: str, divergence: str, dtype: torch.dtype) -> None:
     """The gradient of the logits lies in the memory of the logits, with the bits of a separate one."""
-    leaf = peaked_logits(N, 2100 if impl != "triton" else 300, dtype=dtype).requires_grad_()
+    leaf = peaked_logits(N, 2100 if impl != "triton" else 90, dtype=dtype).requires_grad_()
     teacher, target = torch.randn_like(leaf.detach()), torch.arange(N)
 
     def backward(overwrite: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +179,9 @@ def test_second_derivatives_raise(impl: str, problem: tuple[Tensor, Tensor, Tens
         (grad.square().sum() + leaf.sum()).backward()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, at the first forward-mode call
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.script:DeprecationWarning"
+)  # torch's own, at the first forward-mode call
 @pytest.mark.parametrize(
     "transform",
     [

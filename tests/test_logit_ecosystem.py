@@ -217,7 +217,9 @@ def test_ddp_over_two_processes(tmp_path: Path) -> None:
     code = textwrap.dedent(DDP)
     command = [sys.executable, "-c", code]
     processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         for rank in range(2)
     ]
     results = [p.communicate(timeout=240) for p in processes]

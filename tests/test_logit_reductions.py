@@ -21,7 +21,9 @@ def problem() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return peaked_logits(N, V, seed=1), peaked_logits(N, V, seed=2), target, weight
 
 
-def loss_and_grad(impl: str, student: Tensor, teacher: Tensor, *args: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+def loss_and_grad(
+    impl: str, student: Tensor, teacher: Tensor, *args: Tensor, **options: object
+) -> tuple[Tensor, Tensor]:
     leaf = student.detach().requires_grad_()
     loss = fastkd.kd_loss(leaf, teacher, *args, impl=impl, **options)  # type: ignore[arg-type]
     loss.sum().backward()
@@ -84,7 +86,9 @@ def test_nothing_that_counts_is_0_with_zero_gradients(impl: str, reduction: str,
     n = 0 if why == "no_row" else 4
     student, teacher = torch.randn(n, V), torch.randn(n, V)
     target = torch.full((n,), -100 if why == "all_ignored" else 1)
-    weight = {"weights_0": torch.zeros(n), "weights_cancel": torch.tensor([1.0, -1.0, 2.0, -2.0])}.get(why, torch.ones(n))
+    weight = {"weights_0": torch.zeros(n), "weights_cancel": torch.tensor([1.0, -1.0, 2.0, -2.0])}.get(
+        why, torch.ones(n)
+    )
     if why == "weights_cancel" and reduction != "mean":
         pytest.skip("only the mean divides by the weights")
     loss, grad = loss_and_grad(impl, student, teacher, target, row_weight=weight, reduction=reduction)
@@ -115,7 +119,10 @@ def test_parts(impl: str, reduction: str, problem: tuple[Tensor, Tensor, Tensor,
     best = student.argmax(-1)
     effective = torch.where(counts, weight, 0.0)
     divisor = {"none": 1.0, "sum": 1.0, "mean": effective.sum(), "batchmean": float(N)}[reduction]
-    for got, agrees in ((parts.target_agreement, best == target), (parts.teacher_agreement, best == teacher.argmax(-1))):
+    for got, agrees in (
+        (parts.target_agreement, best == target),
+        (parts.teacher_agreement, best == teacher.argmax(-1)),
+    ):
         want = effective * agrees / divisor
         torch.testing.assert_close(got, want if reduction == "none" else want.sum())
         assert float(want.sum()) > 0
@@ -149,7 +156,9 @@ def test_cross_entropy_is_torchs(impl: str, reduction: str, smoothing: float) ->
     student = peaked_logits(N, V, seed=1).requires_grad_()
     target = torch.tensor([3, -1, 0, 40, -1, 7])
     want = F.cross_entropy(student, target, reduction=reduction, label_smoothing=smoothing, ignore_index=-1)
-    got = fastkd.cross_entropy(student, target, reduction=reduction, label_smoothing=smoothing, ignore_index=-1, impl=impl)
+    got = fastkd.cross_entropy(
+        student, target, reduction=reduction, label_smoothing=smoothing, ignore_index=-1, impl=impl
+    )
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     (want_grad,) = torch.autograd.grad(want.sum(), student)
     (got_grad,) = torch.autograd.grad(got.sum(), student)
@@ -158,7 +167,9 @@ def test_cross_entropy_is_torchs(impl: str, reduction: str, smoothing: float) ->
 
 def test_cross_entropy_of_maps(impl: str) -> None:
     student, target = torch.randn(2, 5, 3, 4), torch.randint(5, (2, 3, 4))
-    torch.testing.assert_close(fastkd.cross_entropy(student, target, dim=1, impl=impl), F.cross_entropy(student, target))
+    torch.testing.assert_close(
+        fastkd.cross_entropy(student, target, dim=1, impl=impl), F.cross_entropy(student, target)
+    )
 
 
 def test_a_single_row_without_dimensions(impl: str) -> None:
@@ -178,9 +189,10 @@ def test_one_forward_feeds_anothers_backward(impl: str, divergence: str) -> None
 
     temperatures = (1.0, 1.0, 1.0) if divergence == "mse" else (2.0, 1.0, 2.0)
     rows = LogitRows(
-        student=peaked_logits(3, V, seed=1), teachers=(peaked_logits(3, V, seed=2),) * 2, target=torch.tensor([1, -100, 4]),
-        row_weight=None, alpha=0.3, temperature=temperatures[0], teacher_temperature=temperatures[1:], teacher_weight=(0.5, 1.0),
-        divisor=None, divergence=divergence, beta=0.3, scale_by_t2=True, label_smoothing=0.1, z_loss=0.01,
+        student=peaked_logits(3, V, seed=1), teachers=(peaked_logits(3, V, seed=2),) * 2,
+        target=torch.tensor([1, -100, 4]), row_weight=None, alpha=0.3,
+        temperature=temperatures[0], teacher_temperature=temperatures[1:], teacher_weight=(0.5, 1.0), divisor=None,
+        divergence=divergence, beta=0.3, scale_by_t2=True, label_smoothing=0.1, z_loss=0.01,
         ignore_index=-100, shared=V - 2, reduce=True, agreement=True, overwrite=False,
     )  # fmt: skip
     here, there = _module(impl, "logit"), _module("reference", "logit")

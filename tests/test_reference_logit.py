@@ -1,4 +1,4 @@
-"""The reference itself: its gradients against finite differences, its values against the eager code in the docstring."""
+"""The reference itself: gradients against finite differences, values against the code that people write."""
 
 from __future__ import annotations
 

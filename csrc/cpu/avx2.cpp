@@ -4,7 +4,7 @@
 namespace fastkd {
 
 static bool supported() {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
 const InstructionSet avx2 = {"avx2", supported, {statistics, divergence, gradient, unmatched, best}};

@@ -1,9 +1,9 @@
-"""From a user's arguments to the rows of :class:`fastkd._rows.LogitRows`: every check, every default, no computation."""
+"""From a user's arguments to the rows of :class:`fastkd._rows.LogitRows`: every check and default, no computation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,7 +59,9 @@ class Logits:
             if teacher.ndim == student.ndim:
                 expected[dim] = teacher.shape[dim]
             if list(teacher.shape) != expected:
-                _checks.bad_value(op, "teacher", f"have the student's shape, {tuple(student.shape)}", tuple(teacher.shape))
+                _checks.bad_value(
+                    op, "teacher", f"have the student's shape, {tuple(student.shape)}", tuple(teacher.shape)
+                )
             if shared_vocab is None:
                 sizes = f"{teacher.shape[dim]} for a student of {student.shape[dim]}"
                 _checks.bad_value(op, "teacher", "have the student's vocabulary, unless shared_vocab is given", sizes)
@@ -71,7 +73,9 @@ class Logits:
         if isinstance(shared_vocab, bool) or not isinstance(shared_vocab, int):
             _checks.bad_type(self.op, "shared_vocab", "be an integer", type(shared_vocab).__name__)
         if not 1 <= shared_vocab <= smallest:
-            _checks.bad_value(self.op, "shared_vocab", f"be from 1 to {smallest}, the smallest vocabulary", shared_vocab)
+            _checks.bad_value(
+                self.op, "shared_vocab", f"be from 1 to {smallest}, the smallest vocabulary", shared_vocab
+            )
         self.shared = shared_vocab
 
     def number(self, argument: str, value: Any, check: Callable[[str, str, Any], float]) -> float | Tensor:
@@ -120,7 +124,9 @@ class Logits:
             _checks.constant(self.op, "normalizer", normalizer)
             _checks.same_device(self.op, "normalizer", normalizer, self.student)
             if normalizer.ndim:
-                _checks.bad_value(self.op, "normalizer", "be a number or a 0-dim tensor", f"shape {tuple(normalizer.shape)}")
+                _checks.bad_value(
+                    self.op, "normalizer", "be a number or a 0-dim tensor", f"shape {tuple(normalizer.shape)}"
+                )
             return normalizer.detach().to(self.dtype)
         if reduction == "batchmean":
             if self.dim == 0:

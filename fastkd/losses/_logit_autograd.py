@@ -1,4 +1,4 @@
-"""How a logit loss joins the autograd graph in eager mode. (While tracing it is an operator: ``_logit_operators.py``.)"""
+"""How a logit loss joins the autograd graph in eager mode. (Traced, it is an operator: ``_logit_operators.py``.)"""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ class LogitLoss(torch.autograd.Function):
     """Saves what the caller passed, not flattened copies: nothing of size (N, V) is kept for backward."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teachers: Sequence[Tensor], pending: Pending) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, student: Tensor, teachers: Sequence[Tensor], pending: Pending) -> Tensor:
         rows = with_logits(pending.rows, student, teachers, pending.dim)
+        loss: Tensor
         loss, pending.state, pending.scale = pending.implementation.forward(rows)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(student, *teachers)
@@ -54,7 +55,7 @@ class LogitLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, None, None]:
         if grad_loss is None:
             return None, None, None
         if not torch.is_grad_enabled():
@@ -83,9 +84,9 @@ class NoSecondDerivative(torch.autograd.Function):
     """Raises where a gradient is differentiated: as a constant it would be dropped from a gradient penalty silently."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, _: Tensor) -> Tensor:
         raise RuntimeError(NO_SECOND_DERIVATIVE)

@@ -90,8 +90,7 @@ def _unpack(
         tuple(teacher_temperature_rows or teacher_temperature),
         tuple(teacher_weight) if teacher_weight_rows is None else teacher_weight_rows,
         divisor if divisor_tensor is None else divisor_tensor,
-        *options,
-        overwrite=False,
+        *(*options, False),  # the last is overwrite: an operator's gradient is memory of its own
     )
 
 

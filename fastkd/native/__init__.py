@@ -1,4 +1,4 @@
-"""The C++ extension: loaded once, here, with the reason kept if it cannot be. One file a family launches its kernels."""
+"""The C++ extension: loaded once, here, with the reason kept if it cannot be. One file a family calls its kernels."""
 
 from __future__ import annotations
 

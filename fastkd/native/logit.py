@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def _problem(rows: LogitRows) -> tuple[float, ...]:
     """In the order in which csrc/bindings.cpp takes them apart."""
     student, target, weight = rows.student, rows.target, rows.row_weight
     n, vocabulary = student.shape
-    numbers = (
+    numbers: tuple[float, ...] = (
         student.data_ptr(),
         student.stride()[0],
         DTYPES[student.dtype],
@@ -66,9 +68,8 @@ def _problem(rows: LogitRows) -> tuple[float, ...]:
         rows.agreement,
         torch.get_num_threads(),
     )
-    shares = rows.teacher_weight
-    if isinstance(shares, Tensor):
-        shares = shares.unbind(1)
+    weights = rows.teacher_weight
+    shares: Sequence[float | Tensor] = weights.unbind(1) if isinstance(weights, Tensor) else weights
     for teacher, temperature, share in zip(rows.teachers, rows.teacher_temperature, shares, strict=True):
         matrix = (teacher.data_ptr(), teacher.stride()[0], DTYPES[teacher.dtype])
         numbers += (*matrix, *_by_row(temperature), *_by_row(share))

@@ -13,7 +13,7 @@ The chain rule through the softmax gives every gradient the same shape::
 A multiple of q_j may be added to W_j: it cancels. The pieces below use that to make W_j vanish term by term at p = q.
 A probability of 0 contributes 0, so the pieces decide by the logits (a logit of -inf), never by an underflowed exp.
 
-Sources: Hinton et al. 2015 (forward KL, T**2); Agarwal et al. 2024 (generalised JSD); Ko et al. 2024, DistiLLM (skew KL).
+Sources: Hinton et al. 2015 (forward KL, T**2); Agarwal et al. 2024 (generalised JSD); Ko et al. 2024 (skew KL).
 """
 
 from __future__ import annotations

@@ -29,6 +29,9 @@ from .rows import (
     WEIGHT,
 )
 
+SLOPES = {"forward_kl": "forward_kl", "cross_entropy": "forward_kl", "mse": "mse"}  # the others: q (h - omega)
+DIVERGENCE_PARTIALS = 3  # of a teacher in a part: the sums of v, q h and q
+
 
 class Grid(NamedTuple):
     """How a row is walked over: tiles of R x K, U of them a step, in parts of ``chunk`` positions."""
@@ -204,6 +207,8 @@ def _row_losses(rows: Any, state: Tensor, loss: Tensor) -> None:
         _launch(merge_statistics, (n,), None, arguments | {"K": plan.K})
     if two_pass:
         arguments |= {"beta": float(rows.beta), "rest": 1 - float(rows.beta), "TERM": TERMS[rows.divergence]}
+        if plan.parts > 1:
+            arguments["partials"] = state.new_empty((n, plan.parts, DIVERGENCE_PARTIALS * teachers))
         _launch(divergence_sums, (n, plan.parts), plan, arguments)
         if plan.parts > 1:
             _launch(merge_divergence, (n,), None, arguments | {"TEACHERS": teachers})
@@ -236,7 +241,7 @@ def backward(rows: Any, state: Tensor, scale: Tensor, grad_loss: Tensor) -> Tens
         "scale": scale if rows.reduce else None,
         "beta": float(rows.beta),
         "rest": 1 - float(rows.beta),
-        "KIND": "mse" if rows.teachers and rows.divergence == "mse" else "probabilities",
+        "KIND": SLOPES.get(rows.divergence, "h") if rows.teachers else "forward_kl",
         "TERM": TERMS[rows.divergence if rows.teachers else "forward_kl"],
         "SAME": _same_softmax(rows),
         "BEYOND": not rows.teachers or rows.shared < vocabulary,

@@ -1,7 +1,7 @@
-# ruff: noqa: RUF005 - Triton knows no starred tuples, and takes a branch at compile time where it can.
+# ruff: noqa: RUF005, SIM108 - Triton knows no starred tuples, and takes a branch at compile time where it can.
 """Kernel 3: the gradient of the student's logits, from the logits and the row's state.
 
-weight * sum_k (1 - alpha) share_k (W_k - omega_k q) T**2 / T  +  weight * alpha * (the slope of the hard term)
+weight * sum_k (1 - alpha) share_k q (h_k - omega_k) T**2 / T  +  weight * alpha * (the slope of the hard term)
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from .rows import (
 
 @triton.jit
 def teacher_side(columns, scale, factor, t, KIND: tl.constexpr, SQUARED: tl.constexpr):
-    """max, scale, log2 sum, omega, the factor of W - omega q, and whether the term is there at all."""
+    """max, scale, log2 sum, omega, the factor of q (h - omega), and whether the term is there at all."""
     omega = tl.load(columns + 2).to(tl.float32)
     alive = (factor != 0) & (omega != float("inf"))
     if KIND == "mse":
@@ -80,7 +80,7 @@ def hard_side(saved, factor, target, row, V, shift, smoothing, z_loss):
 
 @triton.jit
 def soft_slope(s, t, student, teachers, beta, rest, KIND: tl.constexpr, TERM: tl.constexpr):
-    """sum_k factor_k (W_k - omega_k q) of one tile, and log2 q."""
+    """sum_k factor_k q (h_k - omega_k) of one tile, and log2 q."""
     slope = tl.zeros(s.shape, tl.float32)
     lq = tl.fma(s - student[0], student[1], -student[2])
     for k in tl.static_range(len(teachers)):
@@ -89,8 +89,11 @@ def soft_slope(s, t, student, teachers, beta, rest, KIND: tl.constexpr, TERM: tl
             d = tl.where((s == t[k]) | (alive == 0), 0.0, s - t[k])
             slope = tl.fma(d, factor, slope)
         else:
-            _, w, q = TERM(tl.fma(t[k] - m, c, -logsum), lq, beta, rest)
-            slope = tl.fma(tl.fma(q, -omega, w), factor, slope)
+            _, h, q = TERM(tl.fma(t[k] - m, c, -logsum), lq, beta, rest)
+            if KIND == "forward_kl":
+                slope = tl.fma(q + h, factor, slope)
+            else:
+                slope = tl.fma(q * (h - omega), factor, slope)
     return slope, lq
 
 

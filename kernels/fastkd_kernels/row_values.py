@@ -3,7 +3,7 @@
 
 1. ``statistics`` reads student and teachers once: normalisers, agreement, the hard term, and the value of every
    divergence that one pass can give.
-2. ``divergence_sums`` reads them again for the divergences that need both normalisers first, and sums v and W.
+2. ``divergence_sums`` reads them again for the divergences that need both normalisers first, and sums v, q h and q.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def statistics(
                 i, first, last, R, K, KIND, HARD and not SAME, SMOOTH, AGREE, False,
             )  # fmt: skip
         for k in tl.static_range(TEACHERS):
-            summaries = summaries + (merged_teacher(teachers[k], scales[k], running[0], running[1], c, KIND),)
+            summaries = summaries + (merged_teacher(teachers[k], scales[k], running[0], c, KIND),)
         soft = merged(running[0], running[1], c)
 
     if BEYOND:
@@ -292,7 +292,7 @@ def merge_statistics(
             load_parts(partials, row, parts, j + 3, WIDTH, absent, MAX),
             load_parts(partials, row, parts, j + 4, WIDTH, 0.0, MAX).to(tl.int32, bitcast=True),
         )
-        summaries = summaries + (merged_teacher(teacher, scales[k], m, z, c, KIND),)
+        summaries = summaries + (merged_teacher(teacher, scales[k], m, c, KIND),)
     conclude(
         row, weight, number(alpha_rows, alpha, row), temperature_of(temperature_rows, temperature, row),
         shares_of(share_rows, shares, row), summary, summaries, student_row, target, state, loss,
@@ -302,33 +302,40 @@ def merge_statistics(
 
 @triton.jit
 def add_sums(sums, s, t, student, teachers, beta, rest, TERM: tl.constexpr):
-    """Adds v and W of a step to each teacher's sums; ``student`` and ``teachers`` are max, scale, log2 sum."""
+    """Adds v, q h and q of a step to each teacher's sums; ``student`` and ``teachers`` are max, scale, log2 sum."""
     added = ()
     for k in tl.static_range(len(teachers)):
-        v_sum, w_sum = sums[k]
+        values, slopes, mass = sums[k]
         for u in tl.static_range(len(s)):
             lp = tl.fma(t[k][u] - teachers[k][0], teachers[k][1], -teachers[k][2])
             lq = tl.fma(s[u] - student[0], student[1], -student[2])
-            v, w, _ = TERM(lp, lq, beta, rest)
-            v_sum += tl.sum(v, axis=1)
-            w_sum += tl.sum(w, axis=1)
-        added = added + ((v_sum, w_sum),)
+            v, h, q = TERM(lp, lq, beta, rest)
+            values += tl.sum(v, axis=1)
+            slopes += tl.sum(q * h, axis=1)
+            mass += tl.sum(q, axis=1)
+        added = added + ((values, slopes, mass),)
     return added
 
 
 @triton.jit
+def wide_sum(x):
+    return tl.sum(x.to(tl.float64), axis=0)
+
+
+@triton.jit
 def conclude_divergence(row, saved, sums, alpha, temperature, shares, loss, SQUARED: tl.constexpr):
-    """Omegas, the soft term and the row's loss from the sums of v and W."""
+    """Omegas, the soft term and the row's loss from the sums of v, q h and q."""
     TEACHERS: tl.constexpr = len(sums)
     weight = tl.load(saved + WEIGHT).to(tl.float32)
     active = (weight != 0) & (alpha != 1)
     soft = tl.zeros([], tl.float32)
     for k in tl.static_range(TEACHERS):
-        value, omega = sums[k]
+        value, slope, mass = sums[k]
+        omega = tl.where(value == float("inf"), value, slope / mass)
         if SQUARED:
             value *= temperature * temperature
         taught = active & (shares[k] != 0)
-        soft += tl.where(taught, shares[k] * value, 0.0)
+        soft += tl.where(taught, shares[k] * value, 0.0).to(tl.float32)
         tl.store(saved + FIRST_TEACHER + TEACHER_COLUMNS * k + 2, tl.where(taught, omega, 0.0))
     tl.store(saved + SOFT_TERM, soft)
     tl.store(loss + row, weight * (alpha * tl.load(saved + HARD_TERM).to(tl.float32) + (1 - alpha) * soft))
@@ -363,7 +370,8 @@ def divergence_sums(
         teacher_sides = teacher_sides + (
             (tl.load(columns).to(tl.float32), scales[k], (tl.load(columns + 1) * LOG2E).to(tl.float32)),
         )
-        sums = sums + ((tl.zeros([R], tl.float32), tl.zeros([R], tl.float32)),)
+        zero = tl.zeros([R], tl.float32)
+        sums = sums + ((zero, zero, zero),)
 
     needed = (tl.load(saved + WEIGHT).to(tl.float32) != 0) & (number(alpha_rows, alpha, row) != 1)
     first, last = part_of(part, chunk, shift, shift + shared * needed.to(tl.int32))
@@ -378,7 +386,7 @@ def divergence_sums(
 
     totals = ()
     for k in tl.static_range(TEACHERS):
-        totals = totals + ((tl.sum(sums[k][0], axis=0), tl.sum(sums[k][1], axis=0)),)
+        totals = totals + ((wide_sum(sums[k][0]), wide_sum(sums[k][1]), wide_sum(sums[k][2])),)
     if partials is None:
         conclude_divergence(
     row, saved, totals, number(alpha_rows, alpha, row), temperature_of(temperature_rows, temperature, row),
@@ -386,7 +394,7 @@ def divergence_sums(
 )  # fmt: skip
     else:
         for k in tl.static_range(TEACHERS):
-            store_all(partials + ((row.to(tl.int64) * parts + part) * TEACHERS + k) * 2, totals[k])
+            store_all(partials + ((row.to(tl.int64) * parts + part) * TEACHERS + k) * 3, totals[k])
 
 
 @triton.jit(**FREE)
@@ -397,9 +405,10 @@ def merge_divergence(
     row = tl.program_id(0)
     sums = ()
     for k in tl.static_range(TEACHERS):
-        v = tl.sum(load_parts(partials, row, parts, 2 * k, 2 * TEACHERS, 0.0, MAX), axis=0)
-        w = tl.sum(load_parts(partials, row, parts, 2 * k + 1, 2 * TEACHERS, 0.0, MAX), axis=0)
-        sums = sums + ((v, w),)
+        values = tl.sum(load_parts(partials, row, parts, 3 * k, 3 * TEACHERS, 0.0, MAX), axis=0)
+        slopes = tl.sum(load_parts(partials, row, parts, 3 * k + 1, 3 * TEACHERS, 0.0, MAX), axis=0)
+        mass = tl.sum(load_parts(partials, row, parts, 3 * k + 2, 3 * TEACHERS, 0.0, MAX), axis=0)
+        sums = sums + ((values, slopes, mass),)
     saved = state + row.to(tl.int64) * (FIRST_TEACHER + TEACHER_COLUMNS * TEACHERS)
     conclude_divergence(
     row, saved, sums, number(alpha_rows, alpha, row), temperature_of(temperature_rows, temperature, row),

@@ -76,6 +76,18 @@ def log2(x):
 
 
 @triton.jit
+def times(x, y):
+    """x * y, rounded: no compiler fuses it into a later sum, so that it has the same bits in every kernel."""
+    if INTERPRETED:
+        z = x * y
+    else:
+        z = tl.inline_asm_elementwise(
+            "mul.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return z
+
+
+@triton.jit
 def narrow(x, dtype: tl.constexpr):
     """float32 to the storage's dtype, to nearest even; the interpreter would truncate to bfloat16."""
     if INTERPRETED and dtype == tl.bfloat16:

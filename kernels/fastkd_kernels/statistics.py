@@ -9,7 +9,6 @@ With xs = (s - ms) cs and xt = (t - mt) ct the one-pass divergences are, in bits
 
     forward_kl     A / Zt - log2(Zt / Zs)      A = sum 2**xt (xt - xs)
     cross_entropy  A / Zt + log2(Zs)           A = sum 2**xt (-xs)
-    reverse_kl     A / Zs - log2(Zs / Zt)      A = sum 2**xs (xs - xt)
 
 and A moves with the maxima: each term is its weight times a difference that shifts by dt - ds. Both exponents are
 relative to maxima, so that a teacher that differs from the student by a constant loses no digits.
@@ -34,8 +33,8 @@ def no_student(R: tl.constexpr):
 def no_teachers(TEACHERS: tl.constexpr, R: tl.constexpr, KIND: tl.constexpr):
     """For each: max, sum, A (or a sum of squares), extent (or a count of ids), first id at the max.
 
-    ``extent`` is the largest logit of the side that weighs A where the other side is at -inf: above -inf, the
-    divergence is infinite, whatever its probability underflows to.
+    ``extent`` is the teacher's largest logit where the student is at -inf: above -inf, the divergence is infinite,
+    whatever the probability underflows to.
     """
     zero = tl.zeros([R], tl.float32)
     extent = zero if KIND == "mse" else zero - float("inf")
@@ -63,14 +62,12 @@ def first_at(best, m, top, tiles, i, R: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def moved(a, zs, zt, ds, dt, KIND: tl.constexpr):
+def moved(a, zt, ds, dt, KIND: tl.constexpr):
     """A after the maxima moved; ds and dt are clipped, so that an empty sum times a large move is 0."""
     if KIND == "forward_kl":
         a = (a + (dt - ds) * zt) * tl.exp2(dt)
     elif KIND == "cross_entropy":
         a = (a - ds * zt) * tl.exp2(dt)
-    elif KIND == "reverse_kl":
-        a = (a + (ds - dt) * zs) * tl.exp2(ds)
     return a
 
 
@@ -114,7 +111,7 @@ def see_teacher(
     top = raised(m, tiles)
     dt = clip((m - top) * c)
     ds = clip((old_student[0] - student[0]) * student_c)
-    a = moved(a, old_student[1], z, ds, dt, KIND)
+    a = moved(a, z, ds, dt, KIND)
     z *= tl.exp2(dt)
     for u in tl.static_range(len(tiles)):
         s, t = student_tiles[u], tiles[u]
@@ -125,14 +122,10 @@ def see_teacher(
             a += tl.sum(tl.exp2(xt) * (clip(xt) - clip(xs)), axis=1)
         elif KIND == "cross_entropy":
             a -= tl.sum(tl.exp2(xt) * clip(xs), axis=1)
-        elif KIND == "reverse_kl":
-            a += tl.sum(tl.exp2(xs) * (clip(xs) - clip(xt)), axis=1)
         if KIND == "mse":
             d = tl.where(s == t, 0.0, s - t)
             a += tl.sum(d * d, axis=1)
             extent += tl.sum(tl.where((s == -float("inf")) & (t == s), 0.0, 1.0), axis=1)
-        elif KIND == "reverse_kl":
-            extent = tl.maximum(extent, tl.max(tl.where(t == -float("inf"), s, -float("inf")), axis=1))
         elif KIND != "two_pass":
             extent = tl.maximum(extent, tl.max(tl.where(s == -float("inf"), t, -float("inf")), axis=1))
     if AGREE:
@@ -153,11 +146,11 @@ def merged_best(m, best):
 
 
 @triton.jit
-def merged_teacher(teacher, c, student_m, student_z, student_c, KIND: tl.constexpr):
+def merged_teacher(teacher, c, student_m, student_c, KIND: tl.constexpr):
     m, z, a, extent, best = teacher
     dt = clip((m - tl.max(m, axis=0)) * c)
     ds = clip((student_m - tl.max(student_m, axis=0)) * student_c)
-    a = tl.sum(moved(a, student_z, z, ds, dt, KIND), axis=0)
+    a = tl.sum(moved(a, z, ds, dt, KIND), axis=0)
     if KIND == "mse":
         extent = tl.sum(extent, axis=0)
     else:
@@ -183,15 +176,11 @@ def one_pass_value(ms, zs, mt, zt, a, extent, KIND: tl.constexpr):
     else:
         if KIND == "forward_kl":
             value = a / zt - tl.log2(zt / zs)
-        elif KIND == "cross_entropy":
-            value = a / zt + tl.log2(zs)
         else:
-            value = a / zs - tl.log2(zs / zt)
+            value = a / zt + tl.log2(zs)
         value = tl.where(extent > -float("inf"), float("inf"), value * LN2)
         value = tl.where((zs > 0) & (zt > 0), value, float("nan"))
-        omega = value
-        if KIND != "reverse_kl":
-            omega = tl.where(value == value, -1.0, value)
+        omega = tl.where(value == value, -1.0, value)
     return value, omega
 
 

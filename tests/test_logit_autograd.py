@@ -125,6 +125,7 @@ def test_overwrite_student(impl: str, divergence: str, dtype: torch.dtype) -> No
     want_loss, _, want = backward(False)
     assert torch.equal(loss, want_loss)
     assert grad.data_ptr() == student.data_ptr()
+    assert not grad.requires_grad
     assert torch.equal(grad, want)
 
 

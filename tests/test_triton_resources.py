@@ -52,6 +52,9 @@ COMPILED = [(90, call) for call in CALLS] + [(arch, call) for arch in (80, 100) 
 PAIR_LIMITS = {"statistics": (28.0, 3.3), "divergence_sums": (36.0, 4.1), "row_gradient": (46.0, 5.1)}
 
 
+pytestmark = pytest.mark.xdist_group("resources")  # compiled once, by one worker
+
+
 @pytest.fixture(scope="module")
 def reports() -> dict[str, Any]:
     return _run("report", [list(case) for case in COMPILED])

@@ -72,7 +72,8 @@ def with_logits(rows: LogitRows, student: Tensor, teachers: Sequence[Tensor], di
 def _gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
     student, *teachers = ctx.saved_tensors
     pending: Pending = ctx.pending
-    rows = with_logits(pending.rows, student, teachers, pending.dim)
+    # What is handed down is no part of the graph, even where it lies in the student's memory.
+    rows = with_logits(pending.rows, student.detach(), teachers, pending.dim)
     grad: Tensor = pending.implementation.backward(rows, pending.state, pending.scale, grad_loss)
     if rows.overwrite:
         # From here on the logits are the gradient: whoever saved them gets autograd's version error.

@@ -122,7 +122,9 @@ def target(op: str, value: Any, student: Tensor, shape: Sequence[int]) -> Tensor
     if value.shape != tuple(shape):
         bad_value(op, "target", f"have the shape of the rows, {tuple(shape)}", tuple(value.shape))
     same_device(op, "target", value, student)
-    return value.reshape(-1).to(torch.int64)
+    if value.ndim == 1 and value.dtype is torch.int64 and value.is_contiguous():
+        return value
+    return value.reshape(-1).to(torch.int64).contiguous()
 
 
 def row_data(rows: LogitRows) -> None:

@@ -46,7 +46,7 @@ class LogitRows(NamedTuple):
 
     student: Tensor  # (N, V) float16/32/64 or bfloat16, last stride 1, any row stride
     teachers: tuple[Tensor, ...]  # each (N, at least `shared`), last stride 1; dtypes may differ from the student's
-    target: Tensor | None  # (N,) int64
+    target: Tensor | None  # (N,) int64, stride 1
     row_weight: Tensor | None  # (N,) float32 (float64 if the computation is)
     alpha: float | Tensor  # weight of the hard term; 0.0 without a target, 1.0 without a teacher
     temperature: float | Tensor  # both temperatures are 1.0 for mse

@@ -98,7 +98,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(impl: str, layout: str) -> None:
-    """Any layout gives what contiguous rows give: on the CPU the bits, on a GPU tiles begin where alignment has them."""
+    """Any layout gives what contiguous rows give: on the CPU the bits, on a GPU tiles begin where alignment is."""
     arrange = LAYOUTS[layout]
     plain_student, plain_teacher = testing.peaked_logits(6, 129), testing.peaked_logits(6, 129, seed=1)
     student, teacher = arrange(plain_student), arrange(plain_teacher)
@@ -108,6 +108,28 @@ def test_layouts(impl: str, layout: str) -> None:
     tolerance = {"rtol": 1e-5, "atol": 1e-6} if impl == "triton" else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(loss.reshape(6), want_loss, **tolerance)
     torch.testing.assert_close(grad.reshape(6, -1), want_grad, **tolerance)
+
+
+ROW_LAYOUTS = {
+    "every_other": lambda x: torch.stack([x, x + 1], 1)[:, 0],
+    "expanded": lambda x: x[:1].expand(6),
+    "another_dtype": lambda x: x.int() if x.dtype is torch.int64 else x.double(),
+}
+
+
+@pytest.mark.parametrize("layout", ROW_LAYOUTS)
+def test_layouts_of_rows(impl: str, layout: str) -> None:
+    """Labels and numbers of any layout, and an incoming gradient with a stride."""
+    arrange = ROW_LAYOUTS[layout]
+    student, teacher = testing.peaked_logits(6, 33), testing.peaked_logits(6, 33, seed=1)
+    target, number = arrange(torch.tensor([5, 0, 32, -100, 7, 3])), arrange(torch.linspace(0.5, 1, 6))
+    upstream = torch.stack([torch.linspace(0.5, 1.5, 6), torch.zeros(6)], 1)[:, 0]
+    names = ("row_weight", "temperature", "teacher_temperature", "alpha")
+    got = evaluate(impl, student, teacher, upstream=upstream, target=target, **dict.fromkeys(names, number))
+    target, number = target.long().contiguous(), number.float().contiguous()
+    want = evaluate(impl, student, teacher, upstream=upstream.clone(), target=target, **dict.fromkeys(names, number))
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
 
 
 def test_maps(impl: str) -> None:

@@ -18,6 +18,7 @@ import fastkd
 from fastkd.testing import peaked_logits
 
 N, V = 6, 41
+UPSTREAM = {"none": torch.ones(N), "mean": torch.ones(())}
 
 
 def loss_and_grad(loss: Callable[..., Tensor], student: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,6 +41,33 @@ def run_python(code: str, *arguments: str, **environment: str) -> str:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_global_defaults_change_nothing(impl: str, reduction: str) -> None:
+    """A default dtype or device is for the tensors that a user makes, not for those that fastkd needs."""
+    device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
+    tensors = peaked_logits(N, V), peaked_logits(N, V, seed=1), torch.arange(N), UPSTREAM[reduction]
+    student, teacher, target, upstream = (tensor.to(device) for tensor in tensors)
+
+    def run() -> tuple[Tensor, ...]:
+        leaf = student.clone().requires_grad_()
+        loss, parts = fastkd.kd_loss(
+            leaf, teacher, target, temperature=2.0, reduction=reduction, impl=impl, return_parts=True
+        )
+        loss.backward(upstream)
+        assert leaf.grad is not None
+        return loss.detach(), leaf.grad, *parts
+
+    want = run()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            got = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)  # dtype and device too
 
 
 def test_compile_as_the_first_call_of_a_process() -> None:

@@ -66,14 +66,16 @@ class LogitLoss(torch.autograd.Function):
 
 
 def with_logits(rows: LogitRows, student: Tensor, teachers: Sequence[Tensor], dim: int) -> LogitRows:
-    return LogitRows(flatten(student, dim), tuple([flatten(teacher, dim) for teacher in teachers]), *rows[2:])
+    return LogitRows._make((flatten(student, dim), tuple([flatten(teacher, dim) for teacher in teachers]), *rows[2:]))
 
 
 def _gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
     student, *teachers = ctx.saved_tensors
     pending: Pending = ctx.pending
-    # What is handed down is no part of the graph, even where it lies in the student's memory.
-    rows = with_logits(pending.rows, student.detach(), teachers, pending.dim)
+    if pending.rows.overwrite:  # what is handed down is no part of the graph, though it lies in the student's memory
+        rows = with_logits(pending.rows, student.detach(), teachers, pending.dim)
+    else:
+        rows = with_logits(pending.rows, student, teachers, pending.dim)
     grad: Tensor = pending.implementation.backward(rows, pending.state, pending.scale, grad_loss)
     if rows.overwrite:
         # From here on the logits are the gradient: whoever saved them gets autograd's version error.

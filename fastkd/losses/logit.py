@@ -295,6 +295,6 @@ def _parts(logits: Logits, rows: LogitRows, state: Tensor) -> LossParts:
     if not rows.reduce:
         hard, soft, target, teacher = (part.view(logits.shape) for part in parts)
         return LossParts(hard, soft, counts.to(state.dtype).view(logits.shape), target, teacher)
-    divisor = weight.sum() if rows.divisor is None else torch.as_tensor(rows.divisor, device=weight.device)
+    divisor = weight.sum() if rows.divisor is None else torch.as_tensor(rows.divisor).to(weight)
     hard, soft, target, teacher = (torch.where(divisor == 0, 0.0, part.sum() / divisor) for part in parts)
     return LossParts(hard, soft, counts.sum(), target, teacher)

@@ -15,12 +15,16 @@ _C = extension()
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIVERGENCE = {name: i for i, name in enumerate(DIVERGENCES)}
 SUM_OF_WEIGHTS = -1.0  # as a divisor
+# What new tensors are made like: neither torch.set_default_dtype nor a default device may change what C++ writes into,
+# and it is twice as fast as torch.empty with a shape and a dtype.
+FLOAT32 = torch.empty((), dtype=torch.float32, device="cpu")
+FLOAT64 = torch.empty((), dtype=torch.float64, device="cpu")
 
 
 def forward(rows: LogitRows) -> tuple[Tensor, Tensor, float]:
     n = rows.student.shape[0]
-    state = torch.empty((n, state_width(len(rows.teachers))), dtype=torch.float64)
-    loss = torch.empty(()) if rows.reduce else torch.empty(n)
+    state = FLOAT64.new_empty(n, state_width(len(rows.teachers)))
+    loss = torch.empty_like(FLOAT32) if rows.reduce else FLOAT32.new_empty(n)
     divisor = SUM_OF_WEIGHTS if rows.divisor is None else float(rows.divisor)
     fault, scale = _C.logit_forward(_problem(rows), rows.reduce, divisor, loss.data_ptr(), state.data_ptr())
     if fault:
@@ -30,7 +34,7 @@ def forward(rows: LogitRows) -> tuple[Tensor, Tensor, float]:
 
 def backward(rows: LogitRows, state: Tensor, scale: float | Tensor, grad_loss: Tensor) -> Tensor:
     student = rows.student
-    grad = student if rows.overwrite else torch.empty(student.shape, dtype=student.dtype)
+    grad = student if rows.overwrite else torch.empty_like(student, memory_format=torch.contiguous_format)
     _C.logit_backward(
         _problem(rows),
         state.data_ptr(),

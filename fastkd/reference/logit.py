@@ -126,7 +126,7 @@ def forward(rows: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
 def backward(rows: LogitRows, state: Tensor, scale: float | Tensor, grad_loss: Tensor) -> Tensor:
     dtype = _dtype(rows)
     state = state.to(dtype)
-    upstream = grad_loss.to(dtype) * (torch.as_tensor(scale, dtype=dtype) if rows.reduce else 1.0)
+    upstream = grad_loss.to(dtype) * (torch.as_tensor(scale, dtype=dtype, device=state.device) if rows.reduce else 1.0)
     weight = (upstream * state[:, _rows.WEIGHT]).unsqueeze(-1)
     alpha = _column(rows.alpha, dtype)
     grad = torch.zeros(rows.student.shape, dtype=dtype, device=rows.student.device)
@@ -272,7 +272,7 @@ def _column(value: float | Tensor, dtype: torch.dtype) -> Tensor:
     """A number, or one a row, as something that broadcasts over (N, V)."""
     if isinstance(value, Tensor):
         return value.to(dtype).unsqueeze(-1)
-    return torch.tensor(value, dtype=dtype)
+    return torch.tensor(value, dtype=dtype, device="cpu")  # 0-dim: it fits every device, and no default device
 
 
 def _temperature(value: float | Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,8 +14,8 @@ namespace {
 
 using Address = uintptr_t;
 
-// Takes a flat tuple of numbers apart. A call on a few rows is over in 2 us; converting as many arguments one by one
-// would take longer than that.
+// Takes a tuple of numbers apart. A call on a few rows is over in 2 us; converting as many arguments one by one would take
+// longer than that.
 class Numbers {
   public:
     explicit Numbers(const py::tuple& tuple) : tuple_(tuple.ptr()), size_(PyTuple_GET_SIZE(tuple.ptr())) {}
@@ -25,11 +25,6 @@ class Numbers {
     template <class T>
     const T* address() {
         return reinterpret_cast<const T*>(static_cast<Address>(PyLong_AsUnsignedLongLong(item())));
-    }
-    Matrix matrix() {
-        const void* data = address<void>();
-        const int64_t stride = integer();
-        return {data, stride, static_cast<Dtype>(integer())};
     }
     ByRow by_row() {
         const float* data = address<float>();
@@ -50,19 +45,25 @@ class Numbers {
     Py_ssize_t size_, next_ = 0;
 };
 
-// The order of fastkd/native/logit.py.
-LogitProblem logit_problem(const py::tuple& tuple) {
-    Numbers numbers(tuple);
+// A problem in two parts, laid out by fastkd/native/logit.py: where the logits are, which may differ from forward to
+// backward (hooks may move what a graph saves), and the numbers, which stay.
+LogitProblem logit_problem(const py::tuple& where, const py::tuple& what) {
+    Numbers logits(where), numbers(what);
+    const auto matrix = [&] {
+        const void* data = logits.address<void>();
+        const int64_t stride = logits.integer();
+        return Matrix{data, stride, static_cast<Dtype>(numbers.integer())};
+    };
     LogitProblem p;
-    p.student = numbers.matrix();
-    p.rows = numbers.integer(), p.vocabulary = numbers.integer(), p.shared = numbers.integer();
+    p.student = matrix();
+    p.rows = logits.integer(), p.vocabulary = logits.integer(), p.shared = numbers.integer();
     p.target = numbers.address<int64_t>(), p.ignore_index = numbers.integer();
     p.row_weight = numbers.by_row(), p.alpha = numbers.by_row(), p.temperature = numbers.by_row();
     p.divergence = static_cast<Divergence>(numbers.integer()), p.beta = static_cast<float>(numbers.real());
     p.scale_by_t2 = numbers.integer(), p.label_smoothing = numbers.real(), p.z_loss = numbers.real();
     p.agreement = numbers.integer(), p.threads = static_cast<int>(numbers.integer());
-    while (numbers.more()) {
-        p.teachers.push_back(numbers.matrix());
+    while (logits.more()) {
+        p.teachers.push_back(matrix());
         p.teacher_temperature.push_back(numbers.by_row());
         p.teacher_weight.push_back(numbers.by_row());
     }
@@ -71,8 +72,9 @@ LogitProblem logit_problem(const py::tuple& tuple) {
 }
 
 // (0, scale), or (what is wrong in the data, the offending value): then nothing was computed.
-py::tuple forward(const py::tuple& problem, bool reduce, double divisor, Address loss, Address state) {
-    const LogitProblem p = logit_problem(problem);
+py::tuple forward(const py::tuple& logits, const py::tuple& numbers, bool reduce, double divisor, Address loss,
+                  Address state) {
+    const LogitProblem p = logit_problem(logits, numbers);
     Fault fault;
     double scale = 0;
     {
@@ -85,9 +87,9 @@ py::tuple forward(const py::tuple& problem, bool reduce, double divisor, Address
     return py::make_tuple(static_cast<int>(fault.kind), fault.kind == Fault::none ? scale : fault.got);
 }
 
-void backward(const py::tuple& problem, Address state, Address grad_loss, int64_t grad_loss_stride, double scale, Address grad,
-              int64_t stride, bool fresh) {
-    const LogitProblem p = logit_problem(problem);
+void backward(const py::tuple& logits, const py::tuple& numbers, Address state, Address grad_loss, int64_t grad_loss_stride,
+              double scale, Address grad, int64_t stride, bool fresh) {
+    const LogitProblem p = logit_problem(logits, numbers);
     const py::gil_scoped_release release;
     logit_backward(p, reinterpret_cast<const double*>(state), reinterpret_cast<const float*>(grad_loss), grad_loss_stride,
                    scale, reinterpret_cast<void*>(grad), stride, fresh);

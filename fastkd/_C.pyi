@@ -5,12 +5,13 @@ cuda_architectures: str
 
 def instruction_set() -> str: ...
 
-# A problem is the flat tuple of numbers that fastkd/native/logit.py lays out.
+# A problem is two tuples of numbers, which fastkd/native/logit.py lays out: where the logits are, and all the rest.
 def logit_forward(
-    problem: tuple[float, ...], reduce: bool, divisor: float, loss: int, state: int, /
+    logits: tuple[int, ...], numbers: tuple[float, ...], reduce: bool, divisor: float, loss: int, state: int, /
 ) -> tuple[int, float]: ...
 def logit_backward(
-    problem: tuple[float, ...],
+    logits: tuple[int, ...],
+    numbers: tuple[float, ...],
     state: int,
     grad_loss: int,
     grad_loss_stride: int,

@@ -16,7 +16,8 @@ logarithms of sums: added, they would lose the digits of distant logits.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -41,7 +42,8 @@ def state_width(teachers: int) -> int:
     return FIRST_TEACHER + TEACHER_COLUMNS * teachers
 
 
-class LogitRows(NamedTuple):
+@dataclass(slots=True)
+class LogitRows:
     """A checked problem: N rows, K teachers. Numbers that may vary by row are a float, or a tensor ``(N,)``."""
 
     student: Tensor  # (N, V) float16/32/64 or bfloat16, last stride 1, any row stride
@@ -63,6 +65,7 @@ class LogitRows(NamedTuple):
     reduce: bool
     agreement: bool  # fill the two columns of agreement
     overwrite: bool  # backward writes the gradient over the student
+    notes: Any = field(default=None, init=False)  # an implementation's own, from its forward to its backward
 
 
 DIVERGENCES = (

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from logit_problems import DIVERGENCES, STORAGE
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastkd
 from fastkd.testing import peaked_logits
@@ -103,6 +105,33 @@ def test_no_graph_without_a_student_that_wants_one(impl: str, problem: tuple[Ten
         assert not fastkd.kd_loss(student.requires_grad_(), teacher, impl=impl).requires_grad
     with torch.inference_mode():
         assert fastkd.kd_loss(student.detach().clone(), teacher.clone(), impl=impl).isfinite()
+
+
+def test_what_was_made_under_inference_mode(impl: str, problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    """A teacher's forward runs there, in many loops; autograd refuses to save its logits, eager losses take them."""
+    student, teacher, target = problem
+    weight = torch.linspace(0.5, 1, N)
+    want = fastkd.kd_loss(student.requires_grad_(), [teacher, teacher * 2], target, row_weight=weight, impl=impl)
+    want_grad = torch.autograd.grad(want, student)[0]
+    with torch.inference_mode():
+        inferred = [x.clone() for x in (teacher, target, weight)]
+    teachers = [inferred[0], teacher * 2]
+    loss = fastkd.kd_loss(student, teachers, inferred[1], row_weight=inferred[2], impl=impl)
+    assert torch.equal(loss, want)
+    assert torch.equal(torch.autograd.grad(loss, student)[0], want_grad)
+
+
+@pytest.mark.parametrize("changed", ["student", "teacher", "target", "row_weight", "temperature", "teacher_weight"])
+def test_changed_in_place_before_backward(impl: str, changed: str, problem: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Buffers are reused for the next batch: a gradient of half the old and half the new one is never made."""
+    student, teacher, target = problem
+    logits = student.requires_grad_() * 1
+    tensors = {"student": logits, "teacher": teacher, "target": target}
+    options = {"row_weight": torch.ones(N), "temperature": torch.ones(N), "teacher_weight": torch.ones(N, 1)}
+    loss = fastkd.kd_loss(**tensors, **options, impl=impl)  # type: ignore[call-overload]
+    (tensors | options)[changed].detach().fill_(2)
+    with pytest.raises(RuntimeError, match=r"modified (in place|by an inplace operation)"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
@@ -222,19 +251,34 @@ def test_nothing_of_the_size_of_the_logits_is_kept(impl: str, problem: tuple[Ten
     assert {x.data_ptr() for x in saved} == own
     node = loss.grad_fn
     assert node is not None
-    kept = [x for x in vars(node).values() if isinstance(x, Tensor)]
-    assert sum(x.numel() for x in kept) <= 4 * 20
+    pending = node.pending  # type: ignore[attr-defined]
+    kept = [getattr(owner, name, None) for owner in (pending, pending.rows) for name in owner.__slots__]
+    assert sum(x.numel() for x in kept if isinstance(x, Tensor)) <= 4 * 20
+
+
+class Allocations(TorchDispatchMode):
+    """The size of every memory that operators return, by its address."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view:
+            self.sizes[result.data_ptr()] = result.numel()
+        return result
 
 
 @pytest.mark.native
-def test_only_the_gradient_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The C++ kernels' memory, counted: in forward nothing of the size of the logits, in backward one."""
-    sizes: list[int] = []
-    allocate = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: (lambda x: (sizes.append(x.numel()), x)[1])(allocate(*a, **k)))
-    leaf, teacher = peaked_logits(4, 600).requires_grad_(), peaked_logits(4, 600, seed=1)
-    loss = fastkd.kd_loss(leaf, teacher, torch.arange(4), impl="native")
-    assert max(sizes) <= 4 * 20
-    sizes.clear()
-    loss.backward()
-    assert sizes == [4 * 600]
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_only_the_gradient_is_allocated(overwrite: bool) -> None:
+    """The C++ kernels' memory, counted: in forward nothing of the size of the logits, in backward one at most."""
+    leaf, teacher, target = peaked_logits(4, 600).requires_grad_(), peaked_logits(4, 600, seed=1), torch.arange(4)
+    student = leaf.view_as(leaf)
+    with Allocations() as forward:
+        loss = fastkd.kd_loss(student, teacher, target, overwrite_student=overwrite, impl="native")
+    assert 0 < max(forward.sizes.values()) <= 4 * 20
+    with Allocations() as backward:
+        loss.backward()
+    assert [n for n in backward.sizes.values() if n > 4 * 20] == ([] if overwrite else [4 * 600])

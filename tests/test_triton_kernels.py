@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ def check(rows: LogitRows) -> None:
     """Value and gradient within the bar of the tests of every implementation."""
 
     def compute(student: Tensor, *teachers: Tensor) -> tuple[Tensor, Tensor]:
-        return both_ways(reference, rows._replace(student=student, teachers=teachers, overwrite=False))
+        return both_ways(reference, replace(rows, student=student, teachers=teachers, overwrite=False))
 
     student = rows.student.clone()
     got = both_ways(logit, rows)
@@ -161,7 +162,7 @@ def test_nothing_outside_a_row_is_used_or_written(
         around = buffer.clone()
         around.as_strided(gradient.shape, gradient.stride(), offset).fill_(0)
         monkeypatch.setattr(logit, "_like", lambda _, gradient=gradient: gradient)
-        strided = rows._replace(student=gradient if overwrite else student, teachers=(teacher,), overwrite=overwrite)
+        strided = replace(rows, student=gradient if overwrite else student, teachers=(teacher,), overwrite=overwrite)
         loss, got = both_ways(logit, strided)
         assert got.data_ptr() == gradient.data_ptr()
         # A row that is read id by id, or from another boundary, adds up in another order.
@@ -221,7 +222,8 @@ def test_one_number_a_row_is_that_number(divergence: str) -> None:
     given = make(
         teachers=2, divergence=divergence, teacher_temperature=(1.5, 0.5), teacher_weight=(0.5, 2.0), **numbers
     )
-    each = given._replace(
+    each = replace(
+        given,
         **{name: torch.full((3,), numbers[name], device=DEVICE) for name in ("alpha", "temperature")},
         teacher_temperature=(1.5, torch.full((3,), 0.5, device=DEVICE)),
         teacher_weight=torch.tensor([[0.5, 2.0]], device=DEVICE).expand(3, 2),
@@ -238,7 +240,8 @@ def columns(*values: float) -> Tensor:
 @pytest.mark.parametrize("divergence", _rows.DIVERGENCES)
 def test_a_weight_of_0_silences_anything(divergence: str) -> None:
     """Row by row: ignored, weight 0, no hard term, no soft term, no second teacher; with NaN in what is silent."""
-    quiet = make(5, teachers=2, divergence=divergence, agreement=True)._replace(
+    quiet = replace(
+        make(5, teachers=2, divergence=divergence, agreement=True),
         row_weight=columns(1, 0, 2, 1, 1),
         alpha=columns(0.5, 0.5, 0, 1, 0.5),
         temperature=columns(NAN, -1, 2, NAN, 2),
@@ -247,8 +250,11 @@ def test_a_weight_of_0_silences_anything(divergence: str) -> None:
         shared=LONG - 30,
     )
     quiet.target[0] = -100
-    noisy = quiet._replace(
-        student=quiet.student.clone(), teachers=tuple(t.clone() for t in quiet.teachers), target=quiet.target.clone()
+    noisy = replace(
+        quiet,
+        student=quiet.student.clone(),
+        teachers=tuple(t.clone() for t in quiet.teachers),
+        target=quiet.target.clone(),
     )
     noisy.student[0], noisy.student[1, ::2], noisy.target[1] = NAN, INF, LONG + 1000
     noisy.student[2, LONG - 30 :] = NAN  # beyond the shared ids, where the hard term alone looks
@@ -262,7 +268,8 @@ def test_a_weight_of_0_silences_anything(divergence: str) -> None:
 
     want = both_ways(
         reference,
-        quiet._replace(
+        replace(
+            quiet,
             temperature=positive(quiet.temperature),
             teacher_temperature=(1.5, positive(quiet.teacher_temperature[1])),
         ),
@@ -311,7 +318,7 @@ def test_infinities_are_decided_by_the_logits(divergence: str) -> None:
     assert gradient.isfinite().all()
     keeps = divergence in ("forward_kl", "cross_entropy")
     assert [bool(row.any()) for row in gradient] == [keeps or not lost for lost in infinite]
-    wide = rows._replace(student=rows.student.double(), teachers=tuple(x.double() for x in rows.teachers))
+    wide = replace(rows, student=rows.student.double(), teachers=tuple(x.double() for x in rows.teachers))
     want = both_ways(reference, wide)[1].float()
     torch.testing.assert_close(gradient, want, rtol=1e-4, atol=1e-6)
 
@@ -324,7 +331,7 @@ def test_logits_at_the_end_of_the_range_are_masks_too() -> None:
         loss, gradient = both_ways(logit, rows)
         assert loss.isfinite().all()
         assert gradient.isfinite().all()
-        masked = rows._replace(student=rows.student.clone(), teachers=(rows.teachers[0].clone(),))
+        masked = replace(rows, student=rows.student.clone(), teachers=(rows.teachers[0].clone(),))
         masked.student[:, 100:140], masked.teachers[0][:, 100:140] = -INF, -INF
         torch.testing.assert_close(loss, both_ways(logit, masked)[0], rtol=1e-5, atol=1e-6)
 
@@ -346,7 +353,7 @@ def test_a_temperature_that_is_not_positive_is_nan_in_its_row(divergence: str, t
     for name in ("temperature", "teacher_temperature"):
         value: Any = columns(1.0, temperature, 2.0)
         rows = make(vocabulary=40, divergence=divergence)
-        rows = rows._replace(**{name: value if name == "temperature" else (value,)})
+        rows = replace(rows, **{name: value if name == "temperature" else (value,)})
         assert logit.forward(rows)[0].isnan().tolist() == [False, True, False]
 
 
@@ -374,7 +381,7 @@ def test_no_row_that_counts() -> None:
 def test_no_row(divergence: str) -> None:
     rows = problem(torch.zeros(0, 5, device=DEVICE), torch.zeros(0, 5, device=DEVICE), divergence=divergence)
     for reduce in (False, True):
-        loss, gradient = both_ways(logit, rows._replace(reduce=reduce))
+        loss, gradient = both_ways(logit, replace(rows, reduce=reduce))
         assert loss.tolist() == (0.0 if reduce else [])
         assert gradient.shape == (0, 5)
 

@@ -22,11 +22,12 @@ SEVERAL_LOGITS = f"{ONE_LOGITS}, or a sequence of them"
 class Logits:
     """The logits of one call, checked, and the layout that every per-row argument has to fit."""
 
-    __slots__ = ("count", "dim", "dtype", "op", "shape", "shared", "student", "teachers")
+    __slots__ = ("constants", "count", "dim", "dtype", "op", "shape", "shared", "student", "teachers")
 
     def __init__(self, op: str, student: Tensor, teacher: Any, dim: int, shared_vocab: int | None) -> None:
         _checks.logits(op, "student", student, ONE_LOGITS)
         self.op, self.student = op, student
+        self.constants: list[Tensor] = []
         self.dim = _checks.dimension(op, dim, student.ndim)
         shape = student.shape
         last = self.dim == student.ndim - 1
@@ -85,7 +86,13 @@ class Logits:
         return check(self.op, argument, value)
 
     def by_row(self, argument: str, value: Any) -> Tensor:
-        return _checks.row_tensor(self.op, argument, value, self.student, self.shape, self.count, self.dtype)
+        rows = _checks.row_tensor(self.op, argument, value, self.student, self.shape, self.count, self.dtype)
+        return self.constant(rows)
+
+    def constant(self, tensor: Tensor) -> Tensor:
+        """Remembers a tensor that backward will read again."""
+        self.constants.append(tensor)
+        return tensor
 
     def teacher_temperature(self, value: Any, student: float | Tensor) -> tuple[float | Tensor, ...]:
         teachers = len(self.teachers)
@@ -107,7 +114,7 @@ class Logits:
             if value.shape != (teachers,) and value.shape != (*self.shape, teachers):
                 rule = f"have shape {(teachers,)} or {(*self.shape, teachers)}"
                 _checks.bad_value(self.op, "teacher_weight", rule, tuple(value.shape))
-            weights = value.detach().to(self.dtype)
+            weights = self.constant(value.detach().to(self.dtype))
             return weights.expand(self.count, teachers) if value.ndim == 1 else weights.reshape(-1, teachers)
         if not isinstance(value, (list, tuple)) or len(value) != teachers:
             _checks.bad_value(self.op, "teacher_weight", f"hold one number per teacher, {teachers}", value)
@@ -168,7 +175,7 @@ class Logits:
         return LogitRows(
             student=self.student,  # in its own layout still: LogitLoss saves that one
             teachers=self.teachers,
-            target=None if target is None else _checks.target(op, target, self.student, self.shape),
+            target=None if target is None else self.constant(_checks.target(op, target, self.student, self.shape)),
             row_weight=None if row_weight is None else self.by_row("row_weight", row_weight),
             divisor=self.divisor(reduction, normalizer),
             label_smoothing=_checks.fraction(op, "label_smoothing", label_smoothing),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._rows import LogitRows
 
+MODIFIED = "fastkd: a target, or weights, alpha or temperatures, were modified in place before backward needed them"
 NO_SECOND_DERIVATIVE = "fastkd: the logit losses have no second derivative"
 
 
@@ -32,25 +33,33 @@ def unflatten(grad: Tensor, shape: torch.Size, dim: int) -> Tensor:
 class Pending:
     """One call on its way through the graph: the problem without its logits, and what forward found out."""
 
-    __slots__ = ("dim", "implementation", "rows", "scale", "state")
+    __slots__ = ("constants", "dim", "held", "implementation", "rows", "scale", "state")
 
     rows: LogitRows
+    constants: list[tuple[Tensor, int]]  # what backward reads beside the logits, and its version
     dim: int
     implementation: ModuleType
     state: Tensor
     scale: float | Tensor
+    held: tuple[Tensor, ...] | None
 
 
 class LogitLoss(torch.autograd.Function):
     """Saves what the caller passed, not flattened copies: nothing of size (N, V) is kept for backward."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teachers: Sequence[Tensor], pending: Pending) -> Tensor:
-        rows = with_logits(pending.rows, student, teachers, pending.dim)
+    def forward(ctx: Any, student: Tensor, teachers: tuple[Tensor, ...], pending: Pending) -> Tensor:
+        rows = pending.rows
+        lay(rows, student, teachers, pending.dim)
         loss: Tensor
         loss, pending.state, pending.scale = pending.implementation.forward(rows)
+        del rows.student, rows.teachers
+        pending.held = None
+        for teacher in teachers:
+            if teacher.is_inference():  # autograd saves no such tensor; nobody can change it in place either
+                pending.held = teachers
+        ctx.save_for_backward(student, *(teachers if pending.held is None else ()))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(student, *teachers)
         ctx.pending = pending
         return loss
 
@@ -65,18 +74,23 @@ class LogitLoss(torch.autograd.Function):
         return NoSecondDerivative.apply(grad.requires_grad_()), None, None
 
 
-def with_logits(rows: LogitRows, student: Tensor, teachers: Sequence[Tensor], dim: int) -> LogitRows:
-    return LogitRows._make((flatten(student, dim), tuple([flatten(teacher, dim) for teacher in teachers]), *rows[2:]))
+def lay(rows: LogitRows, student: Tensor, teachers: Iterable[Tensor], dim: int) -> None:
+    """Rows of logits, as an implementation reads them; the rest of the problem knows no layout."""
+    rows.student = flatten(student, dim)
+    rows.teachers = tuple([flatten(teacher, dim) for teacher in teachers])
 
 
 def _gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
-    student, *teachers = ctx.saved_tensors
     pending: Pending = ctx.pending
-    if pending.rows.overwrite:  # what is handed down is no part of the graph, though it lies in the student's memory
-        rows = with_logits(pending.rows, student.detach(), teachers, pending.dim)
-    else:
-        rows = with_logits(pending.rows, student, teachers, pending.dim)
+    rows = pending.rows
+    student, *teachers = ctx.saved_tensors
+    for constant, version in pending.constants:
+        if constant._version != version:
+            raise RuntimeError(MODIFIED)
+    # What is handed down is no part of the graph, though it may lie in the student's memory.
+    lay(rows, student.detach() if rows.overwrite else student, pending.held or teachers, pending.dim)
     grad: Tensor = pending.implementation.backward(rows, pending.state, pending.scale, grad_loss)
+    del rows.student, rows.teachers
     if rows.overwrite:
         # From here on the logits are the gradient: whoever saved them gets autograd's version error.
         torch.autograd.graph.increment_version(student)

@@ -24,6 +24,9 @@ PROBLEM = """
     Tensor? divisor_tensor, float? divisor, str divergence, float beta, bool scale_by_t2, float label_smoothing,
     float z_loss, int ignore_index, SymInt shared, bool reduce, bool agreement, str op, str? impl
 """
+OPTIONS = (
+    "divergence", "beta", "scale_by_t2", "label_smoothing", "z_loss", "ignore_index", "shared", "reduce", "agreement",
+)  # fmt: skip
 LIBRARY = torch.library.Library("fastkd", "DEF")
 LIBRARY.define(f"logit_forward({PROBLEM}) -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
 LIBRARY.define(
@@ -55,7 +58,7 @@ def _pack(rows: LogitRows) -> list[Any]:
         [] if by_row else [value for _, value in teacher_temperature],
         *((weights, []) if isinstance(weights, Tensor) else (None, list(weights))),
         *((rows.divisor, None) if isinstance(rows.divisor, Tensor) else (None, rows.divisor)),
-        *rows[LogitRows._fields.index("divergence") : LogitRows._fields.index("overwrite")],
+        *(getattr(rows, name) for name in OPTIONS),
     ]
 
 
@@ -81,16 +84,17 @@ def _unpack(
     *options: Any,
 ) -> LogitRows:
     return LogitRows(
-        student,
-        tuple(teachers),
-        target,
-        row_weight,
-        alpha if alpha_rows is None else alpha_rows,
-        temperature if temperature_rows is None else temperature_rows,
-        tuple(teacher_temperature_rows or teacher_temperature),
-        tuple(teacher_weight) if teacher_weight_rows is None else teacher_weight_rows,
-        divisor if divisor_tensor is None else divisor_tensor,
-        *(*options, False),  # the last is overwrite: an operator's gradient is memory of its own
+        student=student,
+        teachers=tuple(teachers),
+        target=target,
+        row_weight=row_weight,
+        alpha=alpha if alpha_rows is None else alpha_rows,
+        temperature=temperature if temperature_rows is None else temperature_rows,
+        teacher_temperature=tuple(teacher_temperature_rows or teacher_temperature),
+        teacher_weight=tuple(teacher_weight) if teacher_weight_rows is None else teacher_weight_rows,
+        divisor=divisor if divisor_tensor is None else divisor_tensor,
+        overwrite=False,  # an operator's gradient is memory of its own
+        **dict(zip(OPTIONS, options, strict=True)),
     )
 
 

@@ -12,7 +12,7 @@ from .. import _checks, _dispatch, _rows
 from .._rows import DIVERGENCES, LogitRows
 from . import _logit_operators
 from ._logit_arguments import Logits, divergence_and_beta
-from ._logit_autograd import LogitLoss, Pending, with_logits
+from ._logit_autograd import LogitLoss, Pending, lay
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -275,10 +275,12 @@ class KDLoss(torch.nn.Module):
 def _compute(logits: Logits, rows: LogitRows, impl: str | None) -> tuple[Tensor, Tensor]:
     op, student, teachers = logits.op, logits.student, logits.teachers
     if torch.compiler.is_compiling() or type(student) not in PLAIN:
-        loss, state = _logit_operators.apply(with_logits(rows, student, teachers, logits.dim), op, impl)
+        lay(rows, student, teachers, logits.dim)
+        loss, state = _logit_operators.apply(rows, op, impl)
     else:
         pending = Pending()
         pending.rows, pending.dim = rows, logits.dim
+        pending.constants = [(x, x._version) for x in logits.constants if not x.is_inference()]
         pending.implementation = _dispatch.pick(op, impl, student, teachers)
         loss = LogitLoss.apply(student, teachers, pending)
         state = pending.state

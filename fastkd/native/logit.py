@@ -26,7 +26,8 @@ def forward(rows: LogitRows) -> tuple[Tensor, Tensor, float]:
     state = FLOAT64.new_empty(n, state_width(len(rows.teachers)))
     loss = torch.empty_like(FLOAT32) if rows.reduce else FLOAT32.new_empty(n)
     divisor = SUM_OF_WEIGHTS if rows.divisor is None else float(rows.divisor)
-    fault, scale = _C.logit_forward(_problem(rows), rows.reduce, divisor, loss.data_ptr(), state.data_ptr())
+    numbers = rows.notes = _numbers(rows)
+    fault, scale = _C.logit_forward(_logits(rows), numbers, rows.reduce, divisor, loss.data_ptr(), state.data_ptr())
     if fault:
         _refuse(rows, fault, scale)
     return loss, state, scale
@@ -36,7 +37,8 @@ def backward(rows: LogitRows, state: Tensor, scale: float | Tensor, grad_loss: T
     student = rows.student
     grad = student if rows.overwrite else torch.empty_like(student, memory_format=torch.contiguous_format)
     _C.logit_backward(
-        _problem(rows),
+        _logits(rows),
+        rows.notes or _numbers(rows),
         state.data_ptr(),
         grad_loss.data_ptr(),
         0 if rows.reduce else grad_loss.stride(0),
@@ -48,16 +50,21 @@ def backward(rows: LogitRows, state: Tensor, scale: float | Tensor, grad_loss: T
     return grad
 
 
-def _problem(rows: LogitRows) -> tuple[float, ...]:
-    """In the order in which csrc/bindings.cpp takes them apart."""
-    student, target, weight = rows.student, rows.target, rows.row_weight
+def _logits(rows: LogitRows) -> tuple[int, ...]:
+    """Where they are; csrc/bindings.cpp takes both tuples apart in this order."""
+    student = rows.student
     n, vocabulary = student.shape
+    numbers: tuple[int, ...] = (student.data_ptr(), student.stride()[0], n, vocabulary)
+    for teacher in rows.teachers:
+        numbers += (teacher.data_ptr(), teacher.stride()[0])
+    return numbers
+
+
+def _numbers(rows: LogitRows) -> tuple[float, ...]:
+    """All the rest of a problem, addresses of tensors that `rows` keeps alive among them."""
+    target, weight = rows.target, rows.row_weight
     numbers: tuple[float, ...] = (
-        student.data_ptr(),
-        student.stride()[0],
-        DTYPES[student.dtype],
-        n,
-        vocabulary,
+        DTYPES[rows.student.dtype],
         rows.shared,
         0 if target is None else target.data_ptr(),
         rows.ignore_index,
@@ -75,8 +82,7 @@ def _problem(rows: LogitRows) -> tuple[float, ...]:
     weights = rows.teacher_weight
     shares: Sequence[float | Tensor] = weights.unbind(1) if isinstance(weights, Tensor) else weights
     for teacher, temperature, share in zip(rows.teachers, rows.teacher_temperature, shares, strict=True):
-        matrix = (teacher.data_ptr(), teacher.stride()[0], DTYPES[teacher.dtype])
-        numbers += (*matrix, *_by_row(temperature), *_by_row(share))
+        numbers += (DTYPES[teacher.dtype], *_by_row(temperature), *_by_row(share))
     return numbers
 
 

@@ -158,7 +158,7 @@ def overwriting(setting: Setting) -> None:
     before = student.clone(), teacher.clone()
     _, want = run(student, teacher, target)
     need(torch.equal(student, before[0]) and torch.equal(teacher, before[1]), "an input was mutated")
-    logits = student.requires_grad_().view_as(student)
+    logits = as_output(student)
     (grad,) = torch.autograd.grad(kd(logits, teacher, target, overwrite_student=True), logits)
     need(grad.data_ptr() == student.data_ptr(), "the gradient is in other memory than the logits")
     need(torch.equal(grad, want), "the gradient differs from the one without overwriting")

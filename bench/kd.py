@@ -1,8 +1,8 @@
 """kd_loss on logits, against eager code, the same code compiled, and Liger.
 
-All get the same logits: a view of a leaf, which is to autograd what a model's output is (``overwrite_student`` refuses
-a leaf) and costs nothing. Restoring what an overwriting run destroyed, making the view and filling the caches with
-other data come before the clock, for everyone. ``torch.autograd.grad`` stops at the logits: no accumulation is timed.
+All get the same logits, to autograd the output of a model (``overwrite_student`` refuses a leaf), in memory that is
+reused. Restoring what an overwriting run destroyed and filling the caches with other data come before the clock, for
+everyone. ``torch.autograd.grad`` stops at the logits: no accumulation is timed.
 
 The least bytes count logits alone, for a forward and a backward that share but a few numbers a row: forward reads
 student and teacher, backward reads both again and writes the gradient. A kernel that does both while a row is in the
@@ -24,7 +24,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 import fastkd
 from bench import eager, gate
-from bench.data import peaked_pair
+from bench.data import as_output, peaked_pair
 from bench.eager import ALPHA, BETA, LIGER_HAS, TEMPERATURE, Loss
 from bench.measure import Case, Contender
 from fastkd import _dispatch
@@ -50,18 +50,17 @@ class Arena:
 
     def __init__(self, rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
         self.pristine, self.teacher, self.target = peaked_pair(rows, vocab, dtype=dtype, device=device)
-        self.leaf = self.pristine.clone().requires_grad_()
+        self.memory = self.pristine.clone()
         self.rows = rows
         self.restore()
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        return self.pristine, self.leaf, self.teacher, self.target
+        return self.pristine, self.memory, self.teacher, self.target
 
     def restore(self) -> None:
-        with torch.no_grad():
-            self.leaf.copy_(self.pristine)
-        self.logits = self.leaf.view_as(self.leaf)
+        self.memory.copy_(self.pristine)
+        self.logits = as_output(self.memory)
 
     def runner(self, mode: str, loss_of: Loss) -> Callable[[], tuple[Tensor, ...]]:
         def forward() -> tuple[Tensor, ...]:
@@ -84,7 +83,9 @@ class Gate:
         options = {"divergence": divergence, "temperature": TEMPERATURE, "alpha": ALPHA, "beta": BETA.get(divergence)}
         tensors = arena.pristine, arena.teacher, arena.target
         self.arena = arena
-        self.picked = torch.linspace(0, arena.rows - 1, min(arena.rows, SAMPLED_ROWS), device=arena.leaf.device).long()
+        self.picked = torch.linspace(
+            0, arena.rows - 1, min(arena.rows, SAMPLED_ROWS), device=arena.memory.device
+        ).long()
         self.sample = gate.expected(*(x[self.picked] for x in tensors), **options)
         self.mean = gate.mean_loss(*tensors, **options)
 
@@ -93,7 +94,7 @@ class Gate:
         loss, *rest = contender.run()
         grad = rest[0][self.picked] if rest else None
         if contender.name not in OURS:
-            gate.check_eager(contender.name, loss, grad, self.mean, self.sample, self.arena.leaf.dtype)
+            gate.check_eager(contender.name, loss, grad, self.mean, self.sample, self.arena.memory.dtype)
             return
         gate.check_mean(contender.name, loss, self.mean, self.sample)
         if grad is not None:
@@ -136,11 +137,11 @@ def case(arena: Arena, truth: Gate, divergence: str, mode: str, args: argparse.N
             absent[name] = "out of memory"
         else:
             contenders.append(contender)
-    rows, vocab = arena.leaf.shape
+    rows, vocab = arena.memory.shape
     labels = {
         "divergence": divergence,
         "mode": mode,
-        "dtype": str(arena.leaf.dtype).removeprefix("torch."),
+        "dtype": str(arena.memory.dtype).removeprefix("torch."),
         "rows": rows,
         "vocab": vocab,
     }
@@ -149,8 +150,8 @@ def case(arena: Arena, truth: Gate, divergence: str, mode: str, args: argparse.N
 
 
 def least_bytes(arena: Arena, mode: str) -> int:
-    reads = arena.leaf.nbytes + arena.teacher.nbytes
-    return reads if mode == "forward" else 2 * reads + arena.leaf.nbytes
+    reads = arena.memory.nbytes + arena.teacher.nbytes
+    return reads if mode == "forward" else 2 * reads + arena.memory.nbytes
 
 
 def default_rows(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -164,10 +165,10 @@ def default_rows(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
 
 def _contender(name: str, arena: Arena, divergence: str, mode: str, impl: str | None) -> Contender:
     if name in OURS:
-        ran = _implementation(impl, arena.leaf, arena.teacher)
+        ran = _implementation(impl, arena.memory, arena.teacher)
         loss = _fastkd(divergence, impl, overwrite=name == "fastkd-overwrite")
     else:
-        ran, loss = "", _rival(name, divergence, arena.leaf.device)
+        ran, loss = "", _rival(name, divergence, arena.memory.device)
     contender = Contender(name, arena.runner(mode, loss), arena.restore, ran)
     if name == "compiled":
         _compile_now(contender)

@@ -59,7 +59,7 @@ LogitProblem logit_problem(const py::tuple& where, const py::tuple& what) {
     p.rows = logits.integer(), p.vocabulary = logits.integer(), p.shared = numbers.integer();
     p.target = numbers.address<int64_t>(), p.ignore_index = numbers.integer();
     p.row_weight = numbers.by_row(), p.alpha = numbers.by_row(), p.temperature = numbers.by_row();
-    p.divergence = static_cast<Divergence>(numbers.integer()), p.beta = static_cast<float>(numbers.real());
+    p.divergence = static_cast<Divergence>(numbers.integer()), p.beta = numbers.real();
     p.scale_by_t2 = numbers.integer(), p.label_smoothing = numbers.real(), p.z_loss = numbers.real();
     p.agreement = numbers.integer(), p.threads = static_cast<int>(numbers.integer());
     while (logits.more()) {
@@ -72,7 +72,7 @@ LogitProblem logit_problem(const py::tuple& where, const py::tuple& what) {
 }
 
 // (0, scale), or (what is wrong in the data, the offending value): then nothing was computed.
-py::tuple forward(const py::tuple& logits, const py::tuple& numbers, bool reduce, double divisor, Address loss,
+py::tuple forward(const py::tuple& logits, const py::tuple& numbers, int reduction, double divisor, Address loss,
                   Address state) {
     const LogitProblem p = logit_problem(logits, numbers);
     Fault fault;
@@ -81,7 +81,8 @@ py::tuple forward(const py::tuple& logits, const py::tuple& numbers, bool reduce
         const py::gil_scoped_release release;
         fault = find_fault(p);
         if (fault.kind == Fault::none) {
-            scale = logit_forward(p, reduce, divisor, reinterpret_cast<float*>(loss), reinterpret_cast<double*>(state));
+            scale = logit_forward(p, static_cast<Reduction>(reduction), divisor, reinterpret_cast<float*>(loss),
+                                  reinterpret_cast<double*>(state));
         }
     }
     return py::make_tuple(static_cast<int>(fault.kind), fault.kind == Fault::none ? scale : fault.got);

@@ -7,7 +7,7 @@ def instruction_set() -> str: ...
 
 # A problem is two tuples of numbers, which fastkd/native/logit.py lays out: where the logits are, and all the rest.
 def logit_forward(
-    logits: tuple[int, ...], numbers: tuple[float, ...], reduce: bool, divisor: float, loss: int, state: int, /
+    logits: tuple[int, ...], numbers: tuple[float, ...], reduction: int, divisor: float, loss: int, state: int, /
 ) -> tuple[int, float]: ...
 def logit_backward(
     logits: tuple[int, ...],

@@ -7,6 +7,7 @@ only be seen by reading the data is checked on the CPU alone (by the native kern
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from ._rows import LogitRows
 
 FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 INTEGERS = frozenset((torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8))
 
 
@@ -57,9 +59,12 @@ def choice(op: str, argument: str, value: Any, names: Sequence[str]) -> None:
 def number(op: str, argument: str, value: Any, rule: str = "be a number") -> float:
     if isinstance(value, float):
         return value
-    if isinstance(value, Tensor) or not hasattr(value, "__float__"):
+    if not isinstance(value, (int, numbers.Real)):
         bad_type(op, argument, rule, type(value).__name__)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf  # for whoever called to refuse
 
 
 def fraction(op: str, argument: str, value: Any) -> float:
@@ -78,8 +83,8 @@ def finite(op: str, argument: str, value: Any) -> float:
 
 def positive(op: str, argument: str, value: Any) -> float:
     got = number(op, argument, value, "be a number or a tensor with one number per row")
-    if not 0 < got < math.inf:
-        bad_value(op, argument, "be positive and finite", got)
+    if not TINY <= got <= HUGE:
+        bad_value(op, argument, "be positive and finite in float32", got)
     return got
 
 
@@ -102,7 +107,7 @@ def row_tensor(
         return value.detach().to(dtype).expand(rows)
     if value.shape != tuple(shape):
         bad_value(op, argument, f"have the shape of the rows, {tuple(shape)}", tuple(value.shape))
-    return value.detach().reshape(-1).to(dtype)
+    return value.detach().reshape(-1).to(dtype).resolve_neg()
 
 
 def constant(op: str, argument: str, value: Tensor) -> None:
@@ -127,9 +132,20 @@ def target(op: str, value: Any, student: Tensor, shape: Sequence[int]) -> Tensor
     return value.reshape(-1).to(torch.int64).contiguous()
 
 
+def divisor(rows: LogitRows) -> float | None:
+    """The number that it is, on the CPU; None for the sum of the weights."""
+    if rows.divisor is None or isinstance(rows.divisor, float):
+        return rows.divisor
+    got = float(rows.divisor)
+    if not 0 <= got < math.inf:
+        bad_value("kd_loss" if rows.teachers else "cross_entropy", "normalizer", "be finite and not negative", got)
+    return got
+
+
 def row_data(rows: LogitRows) -> None:
     """What only the data shows, for an implementation that does not look itself."""
     op = "kd_loss" if rows.teachers else "cross_entropy"
+    divisor(rows)
     if rows.target is not None:
         vocabulary = rows.student.shape[-1]
         outside = (rows.target != rows.ignore_index) & ((rows.target < 0) | (rows.target >= vocabulary))
@@ -137,8 +153,10 @@ def row_data(rows: LogitRows) -> None:
             bad_id(op, vocabulary, rows.ignore_index, int(rows.target[outside][0]))
     teachers = [("teacher_temperature", value) for value in rows.teacher_temperature]
     for argument, value in [("temperature", rows.temperature), *teachers]:
-        if isinstance(value, Tensor) and not bool((value > 0).all()):
-            bad_value(op, argument, "be positive in every row", float(value[~(value > 0)][0]))
+        if isinstance(value, Tensor):
+            wrong = ~((value > 0) & (value < math.inf))
+            if bool(wrong.any()):
+                bad_value(op, argument, "be positive and finite in every row", float(value[wrong][0]))
 
 
 def bad_id(op: str, vocabulary: int, ignore_index: int, got: int) -> NoReturn:

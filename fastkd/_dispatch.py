@@ -28,6 +28,8 @@ _STORAGE = frozenset((torch.float16, torch.bfloat16, torch.float32))
 
 def pick(op: str, impl: str | None, student: Tensor, others: Sequence[Tensor]) -> ModuleType:
     """The module that computes ``op`` on these tensors."""
+    if impl is not None and not isinstance(impl, str):
+        raise TypeError(f"{op}: impl must be a name or None, got {type(impl).__name__}")
     return _choose(op, impl, student.device, (student.dtype, *[tensor.dtype for tensor in others]))
 
 

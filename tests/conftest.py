@@ -36,9 +36,10 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             tensor = allocate(*args, **kwargs)
             if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor or tensor.is_meta:
                 return tensor
-            if tensor.is_floating_point():
-                return tensor.fill_(float("nan"))
-            return tensor if tensor.dtype is torch.bool else tensor.fill_(torch.iinfo(tensor.dtype).max)
+            if tensor.dtype is not torch.bool:
+                floating = tensor.is_floating_point()
+                tensor.detach().fill_(float("nan") if floating else torch.iinfo(tensor.dtype).max)
+            return tensor
 
         return call
 

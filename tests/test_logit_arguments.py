@@ -122,13 +122,13 @@ REFUSED: dict[str, tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]]
     ),
     "temperature": (
         ValueError,
-        "kd_loss: temperature must be positive and finite, got 0.0",
+        "kd_loss: temperature must be positive and finite in float32, got 0.0",
         (S, T),
         {"temperature": 0},
     ),
     "temperature_nan": (
         ValueError,
-        "kd_loss: temperature must be positive and finite, got nan",
+        "kd_loss: temperature must be positive and finite in float32, got nan",
         (S, T),
         {"temperature": float("nan")},
     ),
@@ -153,13 +153,13 @@ REFUSED: dict[str, tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]]
     ),
     "temperature_of_a_row": (
         ValueError,
-        "kd_loss: temperature must be positive in every row, got -1.0",
+        "kd_loss: temperature must be positive and finite in every row, got -1.0",
         (S, T),
         {"temperature": torch.linspace(7, -1, 8)},
     ),
     "teacher_temperature_of_a_row": (
         ValueError,
-        "kd_loss: teacher_temperature must be positive in every row, got 0.0",
+        "kd_loss: teacher_temperature must be positive and finite in every row, got 0.0",
         (S, T),
         {"teacher_temperature": torch.zeros(8)},
     ),

@@ -14,10 +14,12 @@ struct Term {
 };
 
 struct Piece {
-    float beta, inverse_t, inverse_s, offset;  // offset: log2 of the teacher's sum over the student's
+    float beta, rest;                    // 1 - beta, which a subtraction in floats would not give where beta is near 0 or 1
+    float inverse_t, inverse_s, offset;  // offset: log2 of the teacher's sum over the student's
 
-    Piece(float beta, const Normaliser& teacher, const Normaliser& student)
-        : beta(beta),
+    Piece(double beta, const Normaliser& teacher, const Normaliser& student)
+        : beta(static_cast<float>(beta)),
+          rest(static_cast<float>(1 - beta)),
           inverse_t(teacher.inverse_sum),
           inverse_s(student.inverse_sum),
           offset(static_cast<float>(teacher.log_sum - student.log_sum)) {}
@@ -52,25 +54,34 @@ struct Tvd : Piece {
     }
 };
 
-// p and q against m = share p + (1 - share) q. Only the ratio of the smaller probability to the larger is exponentiated,
-// so nothing overflows, and log(m / larger) = log(1 + weight (ratio - 1)) has no cancellation where p and q are close.
+// p and q against m = of_p p + of_q q, weights that sum to 1. Only the ratio r of the smaller probability to the larger is
+// exponentiated, so nothing overflows. With w, w' the weights of the larger and the smaller,
+//   m / larger = w + w' r = 1 - w' (1 - r)    m / smaller = 1 + w (1 - r) / r
+// and one logarithm gives both: of m / smaller where that is near 1 for a small w, of m / larger elsewhere. What the gap
+// between p and q then makes of it is no small difference of large numbers.
 struct Mixture {
     vf p, q;
     vf log_p_over_m, log_q_over_m;    // natural
     vf one_minus_p_over_m, one_minus_q_over_m;
 
-    Mixture(const Piece& piece, vf xt, vf xs, float share) {
+    Mixture(const Piece& piece, vf xt, vf xs, float of_p, float of_q) {
         const vf d = xt - xs - piece.offset, distance = at_most(abs(d), splat(300.0f));
         const vi p_smaller = d <= 0.0f;
         vf ratio, ratio_minus_1;
         exp2_and_m1(-distance, ratio, ratio_minus_1);
         const vf inverse_larger = select(p_smaller, splat(piece.inverse_s), splat(piece.inverse_t));
         const vf larger = exp2(select(p_smaller, xs, xt)) * inverse_larger, smaller = larger * ratio;
-        const vf weight = select(p_smaller, splat(share), splat(1.0f - share));
-        const vf z = weight * ratio_minus_1;  // m / larger - 1
-        const vf log_m = log1p_natural(z), inverse = 1.0f / (1.0f + z);
-        const vf log_smaller = -(distance * kLn2 + log_m);
-        const vf from_larger = z * inverse, from_smaller = (z - ratio_minus_1) * inverse;
+        const vf of_larger = select(p_smaller, splat(of_q), splat(of_p));
+        const vf of_smaller = select(p_smaller, splat(of_p), splat(of_q));
+        const vf over_larger = of_larger + of_smaller * ratio, below = of_smaller * ratio_minus_1;
+        const vf above = of_larger * ratio_minus_1 / -ratio;
+        const vi near = (of_larger <= 0.5f) & (above < 0.41f);
+        const vf logarithm = log_natural(select(near, above + 1.0f, over_larger), select(near, above, below));
+        const vf gap = distance * kLn2;
+        const vf log_m = select(near, logarithm - gap, logarithm);
+        const vf log_smaller = select(near, -logarithm, -(gap + logarithm));
+        const vf inverse = 1.0f / over_larger;
+        const vf from_larger = below * inverse, from_smaller = -of_larger * ratio_minus_1 * inverse;
         p = select(p_smaller, smaller, larger);
         q = select(p_smaller, larger, smaller);
         log_p_over_m = select(p_smaller, log_smaller, -log_m);
@@ -83,8 +94,8 @@ struct Mixture {
 struct Jsd : Piece {
     using Piece::Piece;
     Term operator()(vf xt, vf xs) const {
-        const Mixture m(*this, xt, xs, beta);
-        const vf h = rounded((1.0f - beta) * m.log_q_over_m);
+        const Mixture m(*this, xt, xs, beta, rest);
+        const vf h = rounded(rest * m.log_q_over_m);
         return {beta * m.p * m.log_p_over_m + m.q * h, h, m.q};
     }
 };
@@ -92,15 +103,15 @@ struct Jsd : Piece {
 struct SkewKl : Piece {
     using Piece::Piece;
     Term operator()(vf xt, vf xs) const {
-        const Mixture m(*this, xt, xs, beta);
-        return {m.p * m.log_p_over_m, rounded((1.0f - beta) * m.one_minus_p_over_m), m.q};
+        const Mixture m(*this, xt, xs, beta, rest);
+        return {m.p * m.log_p_over_m, rounded(rest * m.one_minus_p_over_m), m.q};
     }
 };
 
 struct SkewReverseKl : Piece {
     using Piece::Piece;
     Term operator()(vf xt, vf xs) const {
-        const Mixture m(*this, xt, xs, 1.0f - beta);
+        const Mixture m(*this, xt, xs, rest, beta);
         return {m.q * m.log_q_over_m, rounded(m.log_q_over_m + rounded(beta * m.one_minus_q_over_m)), m.q};
     }
 };

@@ -73,13 +73,15 @@ FASTKD_INLINE void extremes(const float* x, int64_t n, float& highest, float& lo
     }
 }
 
-FASTKD_INLINE double total(const float* x, int64_t n) {
+// The sum, taken from a logit near all the others: far from zero their digits would be lost.
+FASTKD_INLINE double total(const float* x, int64_t n, float highest) {
+    const float pivot = highest - highest == 0 ? highest : 0;
     vf sums = splat(0.0f);
     int64_t i = 0;
-    for (; i + W <= n; i += W) sums += load(x + i);
+    for (; i + W <= n; i += W) sums += load(x + i) - pivot;
     double result = sum(sums);
-    for (; i < n; ++i) result += x[i];
-    return result;
+    for (; i < n; ++i) result += x[i] - pivot;
+    return result + (double)pivot * (double)n;
 }
 
 FASTKD_INLINE vf scaled(vf logits, float max, float scale) { return at_least((logits - max) * scale, splat(kFloor)); }
@@ -208,9 +210,9 @@ void statistics(const LogitRow& row, StudentSums& student, TeacherSums* teachers
         }
         double soft_sum = 0, hard_sum = 0;
         student_tile(row.hard, s, padded(n), student.max, row.scale, soft_sum, hard_sum);
-        if (row.total) student.total += total(s, n);
+        if (row.total) student.total += total(s, n, highest);
         for (int32_t k = 0; k < row.teacher_count; ++k) {
-            if (row.teacher_scale[k] != 0) add_teacher(row, k, begin, n, s, student, moved, teachers[k]);
+            if (row.teacher_scale[k] != kSkipped) add_teacher(row, k, begin, n, s, student, moved, teachers[k]);
         }
         student.sum += soft_sum;
         student.hard_sum += hard_sum;
@@ -226,7 +228,7 @@ void statistics(const LogitRow& row, StudentSums& student, TeacherSums* teachers
         double soft_sum = 0, hard_sum = 0;
         student_tile<Hard::same>(s, padded(n), student.hard_max, kLog2e, soft_sum, hard_sum);
         student.hard_sum = student.hard_sum * (moved == 0 ? 1 : __builtin_exp2(moved)) + hard_sum;
-        if (row.total) student.total += total(s, n);
+        if (row.total) student.total += total(s, n, highest);
     }
 }
 
@@ -368,7 +370,7 @@ void gradient(const LogitRow& row, const LogitGradient& g, void* grad) {
         const float* s = fetch(row.student, begin, n, student_scratch);
         bool first = true;
         for (int32_t k = 0; soft && k < row.teacher_count; ++k) {
-            if (row.teacher_scale[k] == 0) continue;
+            if (row.teacher_scale[k] == kSkipped) continue;
             const float* t = fetch(row.teachers[k], begin, n, teacher_scratch);
             teacher_gradient(row, g, k, first, s, t, whole, out.data);
             first = false;

@@ -12,6 +12,8 @@ enum class Divergence : int32_t { forward_kl, reverse_kl, jsd, skew_kl, skew_rev
 // How exp(s) comes from exp(s / T): for T = 1, 2, 4 it is a power, otherwise one more exponential.
 enum class Hard : int32_t { none, same, square, fourth, separate };
 
+constexpr float kSkipped = -1;  // as a teacher's scale
+
 struct Row {
     const void* data;
     Dtype dtype;
@@ -40,12 +42,12 @@ struct LogitRow {
     int32_t teacher_count;
     int64_t vocabulary, shared;
     Divergence divergence;
-    float beta;
+    double beta;
     bool soft;                   // off: no shared part, the hard sums run over all ids
     Hard hard;
     bool total;
     float scale;                 // log2(e) / T
-    const float* teacher_scale;  // log2(e) / T_teacher; 0 skips this teacher
+    const float* teacher_scale;  // log2(e) / T_teacher; kSkipped for a teacher that has no weight here
 };
 
 // What turns a side's logits into probabilities: with x_j = (s_j - max) * scale, q_j = 2^x_j / sum.

@@ -67,12 +67,17 @@ struct RowTask {
         for (size_t k = 0; k < teachers.size(); ++k) {
             teachers[k] = p.teachers[k].row(i);
             const bool counts = soft && p.teacher_weight[k][i] != 0;
-            teacher_scale[k] = counts ? static_cast<float>(kLog2e / p.teacher_temperature[k][i]) : 0;
+            teacher_scale[k] = counts ? scale(p.teacher_temperature[k][i]) : kSkipped;
         }
         row = {p.student.row(i), teachers.data(), static_cast<int32_t>(teachers.size()), p.vocabulary, p.shared,
                p.divergence,     p.beta,          soft, Hard::none, p.label_smoothing > 0,
-               static_cast<float>(kLog2e / temperature), teacher_scale.data()};
+               scale(temperature), teacher_scale.data()};
         if (hard) row.hard = soft ? power(temperature) : Hard::same;
+    }
+
+    // Of a logit, so that 2^(scale x) is exp(x / T); finite, since it multiplies zeros.
+    static float scale(double temperature) {
+        return static_cast<float>(std::min<double>(kLog2e / temperature, std::numeric_limits<float>::max()));
     }
 
     static Hard power(double temperature) {
@@ -125,7 +130,7 @@ void soft_term(const LogitProblem& p, int64_t i, RowTask& task, const LogitKerne
     const double t = task.temperature, squared = p.scale_by_t2 ? t * t : 1;
     double soft = 0;
     for (int32_t k = 0; k < task.row.teacher_count; ++k) {
-        if (task.teacher_scale[k] == 0) continue;
+        if (task.teacher_scale[k] == kSkipped) continue;
         double* columns = state + kFirstTeacher + kTeacherColumns * k;
         columns[kTeacherMax] = teachers[k].max;
         columns[kTeacherLogsum] = logsum(teachers[k].sum);
@@ -193,7 +198,7 @@ void teacher_terms(const LogitProblem& p, int64_t i, RowTask& task, const double
         const double slope = p.divergence == Divergence::mse ? 2 / omega : p.scale_by_t2 ? t : 1 / t;
         double coefficient = weight * p.teacher_weight[k][i] * slope;
         if (weight == 0 || omega == kInfinity) coefficient = 0;
-        if (coefficient == 0) task.teacher_scale[k] = 0;
+        if (coefficient == 0) task.teacher_scale[k] = kSkipped;
         scratch.teachers[k] = normaliser(columns, task.teacher_scale[k]);
         scratch.coefficients[k] = static_cast<float>(coefficient);
         scratch.omega[k] = omega;
@@ -246,7 +251,7 @@ void prefer_huge_pages(void* data, int64_t bytes) {
 }  // namespace
 
 Fault find_fault(const LogitProblem& p) {
-    const auto positive = [](double t) { return t > 0; };
+    const auto positive = [](double t) { return t > 0 && t < kInfinity; };
     for (int64_t i = 0; i < p.rows; ++i) {
         if (p.target) {
             const int64_t label = p.target[i];
@@ -262,7 +267,7 @@ Fault find_fault(const LogitProblem& p) {
     return {};
 }
 
-double logit_forward(const LogitProblem& p, bool reduce, double divisor, float* loss, double* state) {
+double logit_forward(const LogitProblem& p, Reduction reduction, double divisor, float* loss, double* state) {
     const LogitKernels& kernels = active_instruction_set().logit;
     const int64_t width = kFirstTeacher + kTeacherColumns * static_cast<int64_t>(p.teachers.size());
     std::vector<double> losses(p.rows);
@@ -275,10 +280,10 @@ double logit_forward(const LogitProblem& p, bool reduce, double divisor, float* 
     for (int64_t i = 0; i < p.rows; ++i) {
         sum += losses[i];
         weights += state[i * width + kWeight];
-        if (!reduce) loss[i] = static_cast<float>(losses[i]);
+        if (reduction == Reduction::none) loss[i] = static_cast<float>(losses[i]);
     }
-    if (divisor < 0) divisor = weights;
-    if (reduce) *loss = divisor == 0 ? 0 : static_cast<float>(sum / divisor);
+    if (reduction == Reduction::mean) divisor = weights;
+    if (reduction != Reduction::none) *loss = divisor == 0 ? 0 : static_cast<float>(sum / divisor);
     return divisor == 0 ? 0 : 1 / divisor;
 }
 

@@ -36,23 +36,25 @@ struct LogitProblem {
     ByRow row_weight, alpha, temperature;
     std::vector<ByRow> teacher_temperature, teacher_weight;
     Divergence divergence;
-    float beta;
+    double beta;
     bool scale_by_t2;
     double label_smoothing, z_loss;
     bool agreement;
     int threads;
 };
 
-// What only the data shows: the first row with an id outside the vocabulary, or with a temperature that is not positive.
+// What only the data shows: the first row with an id outside the vocabulary, or a temperature not positive and finite.
 struct Fault {
     enum Kind { none, target, temperature, teacher_temperature } kind = none;
     double got = 0;
 };
 Fault find_fault(const LogitProblem&);
 
-// `loss` has one element if `reduce`, else one a row. A negative divisor stands for the sum of the rows' weights.
-// Returns 1 / divisor, or 0 for a divisor of 0.
-double logit_forward(const LogitProblem&, bool reduce, double divisor, float* loss, double* state);
+// What becomes of the rows: nothing, their sum over a number, or over the sum of their weights.
+enum class Reduction : int32_t { none, sum, mean };
+
+// `loss` has one element, or one a row. Returns 1 / divisor, or 0 for a divisor of 0.
+double logit_forward(const LogitProblem&, Reduction, double divisor, float* loss, double* state);
 
 // `grad_loss` has a stride, 0 for a loss that was reduced. `fresh`: the gradient's memory was just allocated, and is not
 // the student's.

@@ -6,10 +6,9 @@ namespace fastkd {
 
 static bool in_child = false;
 
-bool forked() {
-    static const int registered = pthread_atfork(nullptr, nullptr, [] { in_child = true; });
-    (void)registered;
-    return in_child;
-}
+// As the extension is loaded: whoever starts the pool, torch included, a fork comes later.
+[[maybe_unused]] static const int registered = pthread_atfork(nullptr, nullptr, [] { in_child = true; });
+
+bool forked() { return in_child; }
 
 }  // namespace fastkd

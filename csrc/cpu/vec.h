@@ -122,13 +122,12 @@ FASTKD_INLINE void exp2_and_m1(vf x, vf& e, vf& em1) {
     em1 = fraction * power + (power - 1.0f);
 }
 
-// log(1 + z) for -1 < z <= 0 (Cephes logf's polynomial), exact near z = 0.
-FASTKD_INLINE vf log1p_natural(vf z) {
-    const vf y = z + 1.0f;
+// log(y) for y = 1 + z > 0 (Cephes logf's polynomial): near 1 from z, elsewhere from y, so that neither is a difference.
+FASTKD_INLINE vf log_natural(vf y, vf z) {
     const vi shifted = bits(y) - 0x3f3504f3;  // mantissa to [sqrt(1/2), sqrt(2))
     const vi exponent = shifted >> 23;
     const vf reduced = bits((shifted & 0x007fffff) + 0x3f3504f3) - 1.0f;
-    const vi near = z > -0.29f;
+    const vi near = (z > -0.29f) & (z < 0.41f);
     const vf f = select(near, z, reduced);
     const vf n = select(near, splat(0.0f), __builtin_convertvector(exponent, vf));
     vf p = splat(7.0376836292e-2f);

@@ -127,7 +127,7 @@ class Logits:
             if reduction == "none":
                 _checks.bad_value(self.op, "normalizer", 'be None with reduction="none"', normalizer)
             if not isinstance(normalizer, Tensor):
-                return _checks.not_negative(self.op, "normalizer", normalizer)
+                return self._count(_checks.not_negative(self.op, "normalizer", normalizer))
             _checks.constant(self.op, "normalizer", normalizer)
             _checks.same_device(self.op, "normalizer", normalizer, self.student)
             if normalizer.ndim:
@@ -138,23 +138,33 @@ class Logits:
         if reduction == "batchmean":
             if self.dim == 0:
                 _checks.bad_value(self.op, "student", 'have a batch dimension for reduction="batchmean"', "dim=0")
-            return float(self.student.shape[0])
+            return self._count(float(self.student.shape[0]))
         return None if reduction == "mean" else 1.0
 
+    def _count(self, number: float) -> float | Tensor:
+        """A number that follows the batch; as a number in a graph it would ask for a graph of its own each time."""
+        return self.student.new_full((), number, dtype=self.dtype) if torch.compiler.is_compiling() else number
+
+    def types(self) -> set[type]:
+        """Of all tensors."""
+        return {*map(type, self.teachers), *map(type, self.constants), type(self.student)}
+
     def may_overwrite(self) -> bool:
-        student = self.student
-        if not student.requires_grad or not torch.is_grad_enabled():
+        student, base = self.student, self.student._base
+        if torch.compiler.is_compiling() or not (student.requires_grad and torch.is_grad_enabled()):
             return False
-        if student.is_leaf:
-            rule = "be False for a leaf (the gradient would destroy the parameter)"
+        if student.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+            rule = "be False for a leaf or a view of one (the gradient would destroy the parameter)"
             _checks.bad_value(self.op, "overwrite_student", rule, True)
         if not (student if self.dim == student.ndim - 1 else student.movedim(self.dim, -1)).is_contiguous():
             _checks.bad_value(self.op, "overwrite_student", "be False unless the student is contiguous", True)
         storage = student.untyped_storage().data_ptr()
-        if any(teacher.untyped_storage().data_ptr() == storage for teacher in self.teachers):
-            rule = "be False where a teacher shares the student's memory"
+        others = (*self.teachers, *self.constants)
+        if storage and any(tensor.untyped_storage().data_ptr() == storage for tensor in others):
+            rule = "be False where another argument shares the student's memory"
             _checks.bad_value(self.op, "overwrite_student", rule, True)
-        return True
+        # Hooks hand back what they like, and autograd then compares no versions: nobody would notice the overwriting.
+        return torch._C._autograd._top_saved_tensors_default_hooks(False) is None
 
     def rows(
         self,
@@ -172,6 +182,8 @@ class Logits:
         op = self.op
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
             _checks.bad_type(op, "ignore_index", "be an integer", type(ignore_index).__name__)
+        if not -(2**63) <= ignore_index < 2**63:
+            _checks.bad_value(op, "ignore_index", "fit in 64 bits", ignore_index)
         return LogitRows(
             student=self.student,  # in its own layout still: LogitLoss saves that one
             teachers=self.teachers,
@@ -183,7 +195,7 @@ class Logits:
             ignore_index=ignore_index,
             shared=self.shared,
             reduce=reduction != "none",
-            overwrite=overwrite and not torch.compiler.is_compiling() and self.may_overwrite(),
+            overwrite=overwrite and self.may_overwrite(),
             **soft,
         )
 

@@ -21,6 +21,8 @@ def flatten(logits: Tensor, dim: int) -> Tensor:
         logits = logits.movedim(dim, -1)
     if logits.ndim != 2:
         logits = logits.reshape(-1, logits.shape[-1])
+    if logits.is_neg():  # a lazy minus sign, which memory does not show
+        logits = logits.resolve_neg()
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
@@ -84,6 +86,8 @@ def _gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
     pending: Pending = ctx.pending
     rows = pending.rows
     student, *teachers = ctx.saved_tensors
+    if grad_loss.is_neg():
+        grad_loss = grad_loss.resolve_neg()
     for constant, version in pending.constants:
         if constant._version != version:
             raise RuntimeError(MODIFIED)

@@ -111,7 +111,7 @@ def _backward(grad_loss: Tensor, state: Tensor, scale: Tensor, *arguments: Any) 
     *problem, op, impl = arguments
     rows = _unpack(*problem)
     grad: Tensor = _dispatch.pick(op, impl, rows.student, rows.teachers).backward(rows, state, scale, grad_loss)
-    return grad
+    return grad.contiguous()  # as the fake one is, whatever alignment made a kernel choose
 
 
 @torch.library.register_fake("fastkd::logit_forward", lib=LIBRARY)

@@ -17,7 +17,8 @@ from ._logit_autograd import LogitLoss, Pending, lay
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-PLAIN = (torch.Tensor, torch.nn.Parameter)  # anything else (fake, distributed, functional) is for the operators
+# Anything else (fake, distributed, a user's subclass) may have no memory to point at, and is for the operators.
+PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
 
 class LossParts(NamedTuple):
@@ -127,7 +128,8 @@ def kd_loss(
         temperature: T > 0 of the student; a number, or a tensor with one per row.
         teacher_temperature: The teacher's, by default the student's; a sequence holds one per teacher.
         scale_by_t2: Multiply the soft term by the student's T^2, so that its gradient does not shrink as T grows.
-        alpha: Weight of the hard term, in [0, 1]; the soft term has 1 - alpha. A number, or a tensor with one per row.
+        alpha: Weight of the hard term, in [0, 1]; the soft term has 1 - alpha. A number, or a tensor with one per row
+            (used as given).
         label_smoothing: As in ``F.cross_entropy``, in [0, 1].
         z_loss: Adds z_loss * logsumexp(student)^2 to the hard term.
         ignore_index: A row with this target is dropped whole, whatever it holds.
@@ -140,8 +142,9 @@ def kd_loss(
         normalizer: Divide the sum by this instead, whatever the reduction: a number or a 0-dim tensor, for example the
             number of tokens of all accumulated micro-batches.
         overwrite_student: Backward may write the gradient over the student's logits, which saves an allocation of their
-            size. They must be contiguous and no leaf. A second backward, or another user of the logits, then gets
-            autograd's version error. Has no effect while tracing.
+            size. They must be contiguous, and neither a leaf nor a view of one. A second backward, or another user of
+            the logits or of a tensor they are a view of, then gets autograd's version error. Has no effect where that
+            error could not come: while tracing, and under saved-tensor hooks (``torch.utils.checkpoint`` has some).
         dim: The class dimension; 1 for maps ``(N, C, H, W)``. Any but the last costs a copy, unless the memory format
             (``torch.channels_last``) has it last.
         impl: Pin an implementation, ``"triton"``, ``"native"`` or ``"reference"``; :func:`fastkd.explain` lists them.
@@ -274,7 +277,7 @@ class KDLoss(torch.nn.Module):
 
 def _compute(logits: Logits, rows: LogitRows, impl: str | None) -> tuple[Tensor, Tensor]:
     op, student, teachers = logits.op, logits.student, logits.teachers
-    if torch.compiler.is_compiling() or type(student) not in PLAIN:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not PLAIN.issuperset(logits.types()):
         lay(rows, student, teachers, logits.dim)
         loss, state = _logit_operators.apply(rows, op, impl)
     else:
@@ -297,6 +300,10 @@ def _parts(logits: Logits, rows: LogitRows, state: Tensor) -> LossParts:
     if not rows.reduce:
         hard, soft, target, teacher = (part.view(logits.shape) for part in parts)
         return LossParts(hard, soft, counts.to(state.dtype).view(logits.shape), target, teacher)
-    divisor = weight.sum() if rows.divisor is None else torch.as_tensor(rows.divisor).to(weight)
+    divisor = (
+        weight.sum()
+        if rows.divisor is None
+        else torch.as_tensor(rows.divisor, dtype=weight.dtype, device=weight.device)
+    )
     hard, soft, target, teacher = (torch.where(divisor == 0, 0.0, part.sum() / divisor) for part in parts)
     return LossParts(hard, soft, counts.sum(), target, teacher)

@@ -14,20 +14,20 @@ from . import extension
 _C = extension()
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 DIVERGENCE = {name: i for i, name in enumerate(DIVERGENCES)}
-SUM_OF_WEIGHTS = -1.0  # as a divisor
-# What new tensors are made like: neither torch.set_default_dtype nor a default device may change what C++ writes into,
-# and it is twice as fast as torch.empty with a shape and a dtype.
-FLOAT32 = torch.empty((), dtype=torch.float32, device="cpu")
-FLOAT64 = torch.empty((), dtype=torch.float64, device="cpu")
+NONE, SUM, MEAN = 0, 1, 2  # Reduction in csrc/cpu/logit_rows.h
+CPU = torch.device("cpu")  # named, as dtypes are: a default device or dtype must not reach what C++ writes into
 
 
 def forward(rows: LogitRows) -> tuple[Tensor, Tensor, float]:
     n = rows.student.shape[0]
-    state = FLOAT64.new_empty(n, state_width(len(rows.teachers)))
-    loss = torch.empty_like(FLOAT32) if rows.reduce else FLOAT32.new_empty(n)
-    divisor = SUM_OF_WEIGHTS if rows.divisor is None else float(rows.divisor)
+    state = torch.empty(n, state_width(len(rows.teachers)), dtype=torch.float64, device=CPU)
+    loss = torch.empty(() if rows.reduce else (n,), dtype=torch.float32, device=CPU)
+    divisor = _checks.divisor(rows)
+    reduction = NONE if not rows.reduce else MEAN if divisor is None else SUM
     numbers = rows.notes = _numbers(rows)
-    fault, scale = _C.logit_forward(_logits(rows), numbers, rows.reduce, divisor, loss.data_ptr(), state.data_ptr())
+    fault, scale = _C.logit_forward(
+        _logits(rows), numbers, reduction, divisor or 0.0, loss.data_ptr(), state.data_ptr()
+    )
     if fault:
         _refuse(rows, fault, scale)
     return loss, state, scale
@@ -40,7 +40,7 @@ def backward(rows: LogitRows, state: Tensor, scale: float | Tensor, grad_loss: T
         _logits(rows),
         rows.notes or _numbers(rows),
         state.data_ptr(),
-        grad_loss.data_ptr(),
+        _address(grad_loss),
         0 if rows.reduce else grad_loss.stride(0),
         float(scale) if rows.reduce else 1.0,
         grad.data_ptr(),
@@ -54,9 +54,9 @@ def _logits(rows: LogitRows) -> tuple[int, ...]:
     """Where they are; csrc/bindings.cpp takes both tuples apart in this order."""
     student = rows.student
     n, vocabulary = student.shape
-    numbers: tuple[int, ...] = (student.data_ptr(), student.stride()[0], n, vocabulary)
+    numbers: tuple[int, ...] = (_address(student), student.stride()[0], n, vocabulary)
     for teacher in rows.teachers:
-        numbers += (teacher.data_ptr(), teacher.stride()[0])
+        numbers += (_address(teacher), teacher.stride()[0])
     return numbers
 
 
@@ -66,7 +66,7 @@ def _numbers(rows: LogitRows) -> tuple[float, ...]:
     numbers: tuple[float, ...] = (
         DTYPES[rows.student.dtype],
         rows.shared,
-        0 if target is None else target.data_ptr(),
+        0 if target is None else _address(target),
         rows.ignore_index,
         *(ONE if weight is None else _by_row(weight)),
         *_by_row(rows.alpha),
@@ -90,11 +90,23 @@ ONE = (0, 0, 1.0)
 
 
 def _by_row(value: float | Tensor) -> tuple[int, int, float]:
-    return (value.data_ptr(), value.stride()[0], 0.0) if isinstance(value, Tensor) else (0, 0, value)
+    return (_address(value), value.stride()[0], 0.0) if isinstance(value, Tensor) else (0, 0, value)
+
+
+def _address(tensor: Tensor) -> int:
+    """Of a tensor's first element; a null pointer would read as an argument that is not there, or crash."""
+    address = tensor.data_ptr()
+    if address == 0 and tensor.numel() > 0:
+        raise ValueError(
+            f"fastkd: a tensor of shape {tuple(tensor.shape)} must have memory, got none (freed by resize_?)"
+        )
+    return address
 
 
 def _refuse(rows: LogitRows, fault: int, got: float) -> None:
     op = "kd_loss" if rows.teachers else "cross_entropy"
     if fault == 1:
         _checks.bad_id(op, rows.student.shape[1], rows.ignore_index, int(got))
-    _checks.bad_value(op, "temperature" if fault == 2 else "teacher_temperature", "be positive in every row", got)
+    _checks.bad_value(
+        op, "temperature" if fault == 2 else "teacher_temperature", "be positive and finite in every row", got
+    )

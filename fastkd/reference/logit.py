@@ -85,7 +85,9 @@ def skew_reverse_kl(lp: Tensor, lq: Tensor, beta: float) -> tuple[Tensor, Tensor
 def tvd(lp: Tensor, lq: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """v = |p - q| / 2; dv/dq = sign(q - p) / 2, the subgradient 0 at p = q."""
     p, q = lp.exp(), lq.exp()
-    return (p - q).abs() / 2, q * torch.sign(q - p) / 2
+    difference = q - p
+    sign = torch.where(difference.isnan(), difference, torch.sign(difference))  # torch.sign(nan) is 0
+    return difference.abs() / 2, q * sign / 2
 
 
 DIVERGENCES: dict[str, Divergence] = {

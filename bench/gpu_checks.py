@@ -29,7 +29,7 @@ from torch import Tensor  # noqa: E402
 
 import fastkd  # noqa: E402
 from bench import gate  # noqa: E402
-from bench.data import peaked_pair  # noqa: E402
+from bench.data import as_output, peaked_pair  # noqa: E402
 from bench.gate import Wrong  # noqa: E402
 from fastkd._rows import DIVERGENCES  # noqa: E402
 

@@ -35,7 +35,7 @@ class Problem:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The student, then the teachers."""
-        make: Callable[..., Tensor] = {"peaked": peaked_logits, "flat": flat_logits}[self.logits]
+        make: Callable[..., Tensor] = LOGITS[self.logits]
         extra = 7 if self.option == "shared_vocab" else 0
         student = make(self.rows, self.vocabulary + extra, seed=1, dtype=self.dtype)
         count = 2 if self.option.startswith("two_teachers") else 1
@@ -48,6 +48,14 @@ class Problem:
     def upstream(self) -> Tensor:
         """Not 1, and as large as a sum's: a mean's gradients are so small that every bar passes."""
         return torch.linspace(0.5, 1.5, self.rows, dtype=torch.float64)
+
+
+def rising_logits(rows: int, vocabulary: int, **kwargs: Any) -> Tensor:
+    """The largest logit is the last: whoever walks over a row in tiles finds a new maximum in every one."""
+    return peaked_logits(rows, vocabulary, **kwargs) + torch.linspace(0, 60, vocabulary)
+
+
+LOGITS = {"peaked": peaked_logits, "flat": flat_logits, "rising": rising_logits}
 
 
 def _labels(rows: int, vocabulary: int) -> Tensor:
@@ -74,6 +82,11 @@ OPTIONS: dict[str, Callable[[int, int], dict[str, Any]]] = {
         "target": _labels(n, v + 7).index_fill(0, torch.tensor([0]), v + 3),
         "shared_vocab": v - 2,
         "temperature": 2.0,
+    },
+    "a_third_shared": lambda n, v: {
+        "target": _labels(n, v),
+        "shared_vocab": v // 3,
+        "label_smoothing": 0.1,
     },
     "two_teachers": lambda n, v: {
         "target": _labels(n, v),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from logit_problems import BETA_TAKERS, DIVERGENCES, OPTIONS, STORAGE, Problem, answer, evaluate
@@ -61,6 +63,43 @@ def test_shapes(impl: str, divergence: str, rows: int, vocabulary: int) -> None:
             testing._check(i, one, exact[i], error[i], 256.0, slack[i])
     else:
         check(impl, problem)
+
+
+@pytest.mark.parametrize("option", ["temperature_2", "hard", "hard_only", "a_third_shared"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_maxima_that_rise_from_tile_to_tile(impl: str, divergence: str, option: str) -> None:
+    """What was summed so far has to move with them, in the soft term, in the hard one and beyond the shared ids."""
+    if impl == "triton" and not torch.cuda.is_available():
+        check(impl, Problem(divergence, torch.float32, "rising", 2, 150, option))
+    else:
+        check(impl, Problem(divergence, torch.float32, "rising", 2, 6200, option))
+
+
+@pytest.mark.parametrize("beta", [1e-8, 1e-4, 0.99, 0.9999])
+@pytest.mark.parametrize("divergence", BETA_TAKERS)
+def test_beta_near_its_ends(impl: str, divergence: str, beta: float) -> None:
+    if impl == "triton" and beta > 0.99 and divergence != "jsd":
+        pytest.skip("the GPU's fast logarithm loses digits of m / p near 1: within 40 times the bar")
+    if divergence == "skew_reverse_kl" and beta > 0.99:
+        pytest.skip("its slope is of second order in 1 - beta: within 40 times the bar")
+    student, teacher = testing.peaked_logits(3, 97, seed=1), testing.peaked_logits(3, 97, seed=2)
+
+    def rows(impl: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        return lambda s, t: evaluate(impl, s, t, upstream=torch.ones(3), divergence=divergence, beta=beta)
+
+    testing.assert_as_exact_as_fp32(rows(impl)(student, teacher), rows("reference"), student, teacher)
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e5])
+def test_label_smoothing_far_from_zero(impl: str, offset: float) -> None:
+    """The mean of all logits is wanted relative to the largest: their sum alone has no digits left."""
+    student, target = (testing.flat_logits(3, 97) + offset), torch.tensor([0, 5, 96])
+
+    def rows(impl: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        options = {"target": target, "alpha": 1.0, "label_smoothing": 0.5}
+        return lambda s: evaluate(impl, s, s, upstream=torch.ones(3), **options)
+
+    testing.assert_as_exact_as_fp32(rows(impl)(student), rows("reference"), student)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -261,6 +262,46 @@ REFUSED: dict[str, tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]]
         (S, T),
         {"normalizer": torch.ones(1)},
     ),
+    "normalizer_tensor": (
+        ValueError,
+        "kd_loss: normalizer must be finite and not negative, got -3.0",
+        (S, T),
+        {"normalizer": torch.tensor(-3.0)},
+    ),
+    "temperature_infinite_in_a_row": (
+        ValueError,
+        "kd_loss: teacher_temperature must be positive and finite in every row, got inf",
+        (S, T),
+        {"teacher_temperature": torch.full((8,), torch.inf)},
+    ),
+    "temperature_beyond_float32": (
+        ValueError,
+        "kd_loss: temperature must be positive and finite in float32, got inf",
+        (S, T),
+        {"temperature": 10**400},
+    ),
+    "temperature_array": (
+        TypeError,
+        "kd_loss: temperature must be a number or a tensor with one number per row, got ndarray",
+        (S, T),
+        {"temperature": np.array([2.0])},
+    ),
+    "ignore_index_of_65_bits": (
+        ValueError,
+        "kd_loss: ignore_index must fit in 64 bits, got 9223372036854775808",
+        (S, T, Y),
+        {"ignore_index": 2**63},
+    ),
+    "impl_type": (TypeError, "kd_loss: impl must be a name or None, got list", (S, T), {"impl": ["native"]}),
+    **{
+        f"{name}_device": (
+            ValueError,
+            f"kd_loss: {name} must be on the student's device, cpu, got meta",
+            (S, T, *((Y.to("meta"),) if name == "target" else ())),
+            {} if name == "target" else {name: torch.ones(shape, device="meta")},
+        )
+        for name, shape in {"target": 8, "row_weight": 8, "temperature": 8, "normalizer": ()}.items()
+    },
     "dim": (ValueError, "kd_loss: dim must be an integer from -2 to 1, got 2", (S, T), {"dim": 2}),
     "impl": (
         ValueError,
@@ -279,7 +320,16 @@ def test_message(case: str) -> None:
 
 
 @pytest.mark.parametrize("pinned", ["reference", pytest.param("native", marks=pytest.mark.native)])
-@pytest.mark.parametrize("case", ["target_id", "temperature_of_a_row", "teacher_temperature_of_a_row"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "target_id",
+        "temperature_of_a_row",
+        "teacher_temperature_of_a_row",
+        "temperature_infinite_in_a_row",
+        "normalizer_tensor",
+    ],
+)
 def test_data_is_checked_by_every_cpu_implementation(pinned: str, case: str) -> None:
     error, message, args, options = REFUSED[case]
     with pytest.raises(error, match=re.escape(message)):

@@ -64,6 +64,16 @@ def test_normalizer_replaces_the_divisor(
     torch.testing.assert_close(got, grad / 12)
 
 
+@pytest.mark.parametrize(("shape", "dim"), [((2, 3, V), -1), ((2, V, 3, 4), 1)], ids=str)
+def test_batchmean_divides_by_the_batch(impl: str, shape: tuple[int, ...], dim: int) -> None:
+    """By the size of the first dimension, as in F.kl_div, not by the number of rows."""
+    student, teacher = torch.randn(shape), torch.randn(shape)
+    total, grad = loss_and_grad(impl, student, teacher, dim=dim, reduction="sum")
+    loss, got = loss_and_grad(impl, student, teacher, dim=dim, reduction="batchmean")
+    torch.testing.assert_close(loss, total / 2)
+    torch.testing.assert_close(got, grad / 2)
+
+
 def test_accumulated_micro_batches_equal_the_batch(impl: str) -> None:
     """Gradient accumulation with one global normaliser: no mean of means."""
     student, teacher = peaked_logits(10, V, seed=1), peaked_logits(10, V, seed=2)
@@ -138,6 +148,41 @@ def test_parts_of_several_teachers_and_shared_vocab(impl: str) -> None:
     assert parts.teacher_agreement.tolist() == [0.0, 1.0]  # the first row's best id is not shared
     assert parts.target_agreement.tolist() == [0.0, 0.0]
     assert parts.hard.tolist() == [0.0, 0.0]
+
+
+def test_agreement_looks_at_the_shared_ids_alone(impl: str) -> None:
+    """A teacher's row ends where it ends: what lies behind it in memory, and beyond the shared ids, is not its best."""
+    wide = torch.full((2, V + 9), 50.0)
+    wide[:, :V] = torch.randn(2, V)
+    teacher = wide[:, :V]
+    teacher[:, 7], teacher[:, V - 1] = 20.0, 30.0
+    student = torch.randn(2, V + 9)
+    student[0, 7], student[1, V - 1] = 40.0, 40.0
+    _, parts = fastkd.kd_loss(student, teacher, shared_vocab=V - 1, reduction="none", return_parts=True, impl=impl)
+    assert parts.teacher_agreement.tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("far", [5, 3000])
+def test_the_first_of_equals_is_the_best(impl: str, far: int) -> None:
+    """As in argmax, within a tile and from one to another."""
+    if impl == "triton" and not torch.cuda.is_available() and far > V:
+        pytest.skip("interpreted: short rows")
+    student, teacher = torch.zeros(1, far + 3), torch.zeros(1, far + 3)
+    student[0, 3] = student[0, far] = 9.0
+    teacher[0, 3], teacher[0, far] = 9.0, 8.0
+    _, parts = fastkd.kd_loss(student, teacher, torch.tensor([3]), return_parts=True, impl=impl)
+    assert parts.teacher_agreement == 1
+    assert parts.target_agreement == 1
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+def test_masks_beyond_the_shared_ids_are_no_mismatch(impl: str, divergence: str) -> None:
+    student, teacher = torch.randn(1, V), torch.randn(1, V)
+    masked, other = (student, teacher) if divergence == "forward_kl" else (teacher, student)
+    masked[0, V - 2 :] = -torch.inf
+    masked[0, 2] = other[0, 2] = -torch.inf  # both: looked at, and no mismatch
+    loss = fastkd.kd_loss(student, teacher, divergence=divergence, shared_vocab=V - 2, impl=impl)
+    assert loss.isfinite()
 
 
 def test_rows_without_a_label_take_alpha_0(impl: str) -> None:

@@ -75,6 +75,20 @@ def test_maxima_that_rise_from_tile_to_tile(impl: str, divergence: str, option: 
         check(impl, Problem(divergence, torch.float32, "rising", 2, 6200, option))
 
 
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_rows_of_every_peakedness(impl: str, divergence: str) -> None:
+    """From flat to certain. Where 1 - q of the best id nears the rounding of q, its gradient is what a difference leaves."""
+    n = 60 if impl != "triton" or torch.cuda.is_available() else 12
+    student, teacher = testing.flat_logits(n, 97, seed=1), testing.flat_logits(n, 97, seed=2)
+    student[:, 5] += torch.linspace(0, 30, n)
+    teacher[:, 5] += torch.linspace(10, 20, n)
+
+    def rows(impl: str) -> Callable[..., tuple[Tensor, Tensor]]:
+        return lambda s, t: evaluate(impl, s, t, upstream=torch.ones(n), divergence=divergence)
+
+    testing.assert_as_exact_as_fp32(rows(impl)(student, teacher), rows("reference"), student, teacher)
+
+
 @pytest.mark.parametrize("beta", [1e-8, 1e-4, 0.99, 0.9999])
 @pytest.mark.parametrize("divergence", BETA_TAKERS)
 def test_beta_near_its_ends(impl: str, divergence: str, beta: float) -> None:

@@ -15,11 +15,13 @@ struct Term {
 
 struct Piece {
     float beta, rest;                    // 1 - beta, which a subtraction in floats would not give where beta is near 0 or 1
+    bool lopsided;                       // one of the two is next to nothing
     float inverse_t, inverse_s, offset;  // offset: log2 of the teacher's sum over the student's
 
     Piece(double beta, const Normaliser& teacher, const Normaliser& student)
         : beta(static_cast<float>(beta)),
           rest(static_cast<float>(1 - beta)),
+          lopsided(beta < 0.0625 || beta > 0.9375),
           inverse_t(teacher.inverse_sum),
           inverse_s(student.inverse_sum),
           offset(static_cast<float>(teacher.log_sum - student.log_sum)) {}
@@ -57,8 +59,8 @@ struct Tvd : Piece {
 // p and q against m = of_p p + of_q q, weights that sum to 1. Only the ratio r of the smaller probability to the larger is
 // exponentiated, so nothing overflows. With w, w' the weights of the larger and the smaller,
 //   m / larger = w + w' r = 1 - w' (1 - r)    m / smaller = 1 + w (1 - r) / r
-// and one logarithm gives both: of m / smaller where that is near 1 for a small w, of m / larger elsewhere. What the gap
-// between p and q then makes of it is no small difference of large numbers.
+// and the logarithm of one gives that of the other, which differs by the gap between p and q. From m / larger, the other is
+// a difference that loses 1 / w of its digits: where w is small and m / smaller near 1, it is taken directly.
 struct Mixture {
     vf p, q;
     vf log_p_over_m, log_q_over_m;    // natural
@@ -74,12 +76,15 @@ struct Mixture {
         const vf of_larger = select(p_smaller, splat(of_q), splat(of_p));
         const vf of_smaller = select(p_smaller, splat(of_p), splat(of_q));
         const vf over_larger = of_larger + of_smaller * ratio, below = of_smaller * ratio_minus_1;
-        const vf above = of_larger * ratio_minus_1 / -ratio;
-        const vi near = (of_larger <= 0.5f) & (above < 0.41f);
-        const vf logarithm = log_natural(select(near, above + 1.0f, over_larger), select(near, above, below));
         const vf gap = distance * kLn2;
-        const vf log_m = select(near, logarithm - gap, logarithm);
-        const vf log_smaller = select(near, -logarithm, -(gap + logarithm));
+        vf log_m = log_natural(over_larger, below), log_smaller = -(gap + log_m);
+        if (piece.lopsided) {
+            const vf above = of_larger * ratio_minus_1 / -ratio;
+            const vi near = (of_larger <= 0.5f) & (above < 0.41f);
+            const vf logarithm = log_natural(above + 1.0f, above);
+            log_m = select(near, logarithm - gap, log_m);
+            log_smaller = select(near, -logarithm, log_smaller);
+        }
         const vf inverse = 1.0f / over_larger;
         const vf from_larger = below * inverse, from_smaller = -of_larger * ratio_minus_1 * inverse;
         p = select(p_smaller, smaller, larger);

@@ -117,7 +117,18 @@ struct SkewReverseKl : Piece {
     using Piece::Piece;
     Term operator()(vf xt, vf xs) const {
         const Mixture m(*this, xt, xs, rest, beta);
-        return {m.q * m.log_q_over_m, rounded(m.log_q_over_m + rounded(beta * m.one_minus_q_over_m)), m.q};
+        vf h = m.log_q_over_m + rounded(beta * m.one_minus_q_over_m);
+        if (lopsided) {  // with a = q / m - 1 near 0 that is log(1 + a) - a + rest a, all of second order: by its series
+            const vf a = -m.one_minus_q_over_m;
+            vf series = splat(1.0f / 7.0f);
+            series = series * a - 1.0f / 6.0f;
+            series = series * a + 1.0f / 5.0f;
+            series = series * a - 1.0f / 4.0f;
+            series = series * a + 1.0f / 3.0f;
+            series = series * a - 1.0f / 2.0f;
+            h = select(abs(a) < 0.0625f, a * a * series + rest * a, h);
+        }
+        return {m.q * m.log_q_over_m, rounded(h), m.q};
     }
 };
 

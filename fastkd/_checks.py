@@ -107,7 +107,7 @@ def row_tensor(
         return value.detach().to(dtype).expand(rows)
     if value.shape != tuple(shape):
         bad_value(op, argument, f"have the shape of the rows, {tuple(shape)}", tuple(value.shape))
-    return value.detach().reshape(-1).to(dtype).resolve_neg()
+    return value.detach().reshape(-1).to(dtype)
 
 
 def constant(op: str, argument: str, value: Tensor) -> None:

@@ -15,6 +15,7 @@ from .._rows import LogitRows
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 BETA = {"jsd": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}  # the divergences that take beta, and their defaults
 UNSKEWED = {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}  # what they are at beta = 0
+PLAIN = (torch.Tensor, torch.nn.Parameter)
 ONE_LOGITS = "a tensor of logits"
 SEVERAL_LOGITS = f"{ONE_LOGITS}, or a sequence of them"
 
@@ -145,9 +146,16 @@ class Logits:
         """A number that follows the batch; as a number in a graph it would ask for a graph of its own each time."""
         return self.student.new_full((), number, dtype=self.dtype) if torch.compiler.is_compiling() else number
 
-    def types(self) -> set[type]:
-        """Of all tensors."""
-        return {*map(type, self.teachers), *map(type, self.constants), type(self.student)}
+    def lie_in_memory(self) -> bool:
+        """Whether all values can be read where the tensors point.
+
+        Not those of a fake, distributed or wrapping tensor, those under a mode that looks at operators, and those with
+        a lazy minus sign.
+        """
+        for tensor in (self.student, *self.teachers, *self.constants):
+            if type(tensor) not in PLAIN or tensor.is_neg():
+                return False
+        return torch._C._len_torch_dispatch_stack() == 0
 
     def may_overwrite(self) -> bool:
         student, base = self.student, self.student._base

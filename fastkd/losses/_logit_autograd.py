@@ -21,8 +21,6 @@ def flatten(logits: Tensor, dim: int) -> Tensor:
         logits = logits.movedim(dim, -1)
     if logits.ndim != 2:
         logits = logits.reshape(-1, logits.shape[-1])
-    if not torch.compiler.is_compiling() and logits.is_neg():  # a lazy minus sign, which memory does not show
-        logits = logits.resolve_neg()
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 

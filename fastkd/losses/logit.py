@@ -17,9 +17,6 @@ from ._logit_autograd import LogitLoss, Pending, lay
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# Anything else (fake, distributed, a user's subclass) may have no memory to point at, and is for the operators.
-PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-
 
 class LossParts(NamedTuple):
     """What a loss is made of, for logging: detached, and reduced as the loss is."""
@@ -277,7 +274,7 @@ class KDLoss(torch.nn.Module):
 
 def _compute(logits: Logits, rows: LogitRows, impl: str | None) -> tuple[Tensor, Tensor]:
     op, student, teachers = logits.op, logits.student, logits.teachers
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or not PLAIN.issuperset(logits.types()):
+    if torch.compiler.is_compiling() or not logits.lie_in_memory():
         lay(rows, student, teachers, logits.dim)
         loss, state = _logit_operators.apply(rows, op, impl)
     else:

@@ -40,7 +40,7 @@ def backward(rows: LogitRows, state: Tensor, scale: float | Tensor, grad_loss: T
         _logits(rows),
         rows.notes or _numbers(rows),
         state.data_ptr(),
-        _address(grad_loss),
+        grad_loss.data_ptr() or _nowhere(grad_loss),
         0 if rows.reduce else grad_loss.stride(0),
         float(scale) if rows.reduce else 1.0,
         grad.data_ptr(),
@@ -54,9 +54,9 @@ def _logits(rows: LogitRows) -> tuple[int, ...]:
     """Where they are; csrc/bindings.cpp takes both tuples apart in this order."""
     student = rows.student
     n, vocabulary = student.shape
-    numbers: tuple[int, ...] = (_address(student), student.stride()[0], n, vocabulary)
+    numbers: tuple[int, ...] = (student.data_ptr() or _nowhere(student), student.stride()[0], n, vocabulary)
     for teacher in rows.teachers:
-        numbers += (_address(teacher), teacher.stride()[0])
+        numbers += (teacher.data_ptr() or _nowhere(teacher), teacher.stride()[0])
     return numbers
 
 
@@ -66,7 +66,7 @@ def _numbers(rows: LogitRows) -> tuple[float, ...]:
     numbers: tuple[float, ...] = (
         DTYPES[rows.student.dtype],
         rows.shared,
-        0 if target is None else _address(target),
+        0 if target is None else target.data_ptr() or _nowhere(target),
         rows.ignore_index,
         *(ONE if weight is None else _by_row(weight)),
         *_by_row(rows.alpha),
@@ -90,17 +90,18 @@ ONE = (0, 0, 1.0)
 
 
 def _by_row(value: float | Tensor) -> tuple[int, int, float]:
-    return (_address(value), value.stride()[0], 0.0) if isinstance(value, Tensor) else (0, 0, value)
+    if isinstance(value, Tensor):
+        return value.data_ptr() or _nowhere(value), value.stride()[0], 0.0
+    return 0, 0, value
 
 
-def _address(tensor: Tensor) -> int:
-    """Of a tensor's first element; a null pointer would read as an argument that is not there, or crash."""
-    address = tensor.data_ptr()
-    if address == 0 and tensor.numel() > 0:
+def _nowhere(tensor: Tensor) -> int:
+    """A null pointer, if that is right: it would crash, or read as an argument that is not there."""
+    if tensor.numel() > 0:
         raise ValueError(
             f"fastkd: a tensor of shape {tuple(tensor.shape)} must have memory, got none (freed by resize_?)"
         )
-    return address
+    return 0
 
 
 def _refuse(rows: LogitRows, fault: int, got: float) -> None:

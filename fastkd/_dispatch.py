@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -22,7 +24,9 @@ from . import native
 Dtypes = tuple[torch.dtype, ...]
 
 ORDER = ("triton", "native", "reference")
+PACKAGES = {"triton": "fastkd_kernels", "native": "fastkd.native", "reference": "fastkd.reference"}
 OPERATIONS = {"kd_loss": "logit", "cross_entropy": "logit"}  # operation -> the file name of its family
+LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 _STORAGE = frozenset((torch.float16, torch.bfloat16, torch.float32))
 
 
@@ -34,28 +38,61 @@ def pick(op: str, impl: str | None, student: Tensor, others: Sequence[Tensor]) -
 
 
 @lru_cache(maxsize=1024)
-def _choose(op: str, impl: str | None, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> ModuleType:
+def _choose(op: str, impl: str | None, device: torch.device, dtypes: Dtypes) -> ModuleType:
     if impl is not None:
         return _pinned(op, impl, device, dtypes)
-    name = next(name for name in ORDER if _REFUSALS[name](device, dtypes, False) is None)
-    if name == "reference" and device.type == "cpu" and (reason := native.missing()) is not None:
-        warnings.warn(f"fastkd runs on eager PyTorch here, slowly: {reason}", RuntimeWarning, stacklevel=2)
+    name, reason = _first(op, device, dtypes)
+    if reason is not None:
+        raise RuntimeError(f"{op}: {reason}")
+    if name == "reference" and _refusal(op, "native", device, dtypes) == native.missing():
+        _say_once(f"fastkd runs on eager PyTorch here, slowly: {native.missing()}")
     return _module(name, OPERATIONS[op])
+
+
+def _first(op: str, device: torch.device, dtypes: Dtypes) -> tuple[str, str | None]:
+    """Who a call without a pin gets, and why that raises: for a wrong setting nobody stands in silently."""
+    for name in ORDER:
+        reason = _refusal(op, name, device, dtypes)
+        if reason is None or (name == "native" and reason == native.wrong_setting()):
+            break
+    return name, reason
 
 
 def _pinned(op: str, impl: str, device: torch.device, dtypes: Dtypes) -> ModuleType:
     if impl not in ORDER:
         raise ValueError(f"{op}: impl must be one of {', '.join(ORDER)}, got {impl!r}")
-    reason = _REFUSALS[impl](device, dtypes, True)
+    reason = _refusal(op, impl, device, dtypes, pinned=True)
     if reason is not None:
-        others = ", ".join(name for name in ORDER if _REFUSALS[name](device, dtypes, True) is None)
+        others = ", ".join(name for name in ORDER if _refusal(op, name, device, dtypes, pinned=True) is None)
         raise RuntimeError(f"{op}: impl={impl!r} cannot run here: {reason}; what can: {others}")
     return _module(impl, OPERATIONS[op])
 
 
 def _module(name: str, family: str) -> ModuleType:
-    package = {"triton": "fastkd_kernels", "native": "fastkd.native", "reference": "fastkd.reference"}[name]
-    return importlib.import_module(f"{package}.{family}")
+    return importlib.import_module(f"{PACKAGES[name]}.{family}")
+
+
+@lru_cache
+def _say_once(message: str) -> None:
+    """Warns, and names the line that called us, through torch's modules and operators if need be."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(LIBRARIES):
+        frame = frame.f_back
+    code, scope = frame.f_code, frame.f_globals
+    warnings.warn_explicit(message, RuntimeWarning, code.co_filename, frame.f_lineno, scope.get("__name__"))
+
+
+def _refusal(op: str, name: str, device: torch.device, dtypes: Dtypes, pinned: bool = False) -> str | None:
+    """Why an implementation does not compute an operation on such tensors, or None if it does."""
+    return _unwritten(f"{PACKAGES[name]}.{OPERATIONS[op]}") or _REFUSALS[name](device, dtypes, pinned)
+
+
+def _unwritten(module: str) -> str | None:
+    """A family may have its reference before it has any kernel."""
+    try:
+        return None if importlib.util.find_spec(module) else f"there is no {module}"
+    except ModuleNotFoundError as error:  # not even its package
+        return str(error)
 
 
 def _refuse_triton(device: torch.device, dtypes: Dtypes, pinned: bool) -> str | None:
@@ -68,7 +105,7 @@ def _refuse_triton(device: torch.device, dtypes: Dtypes, pinned: bool) -> str | 
 def _refuse_native(device: torch.device, dtypes: Dtypes, pinned: bool) -> str | None:
     if device.type != "cpu":
         return f"the tensors are on {device.type}, the C++ kernels run on the CPU"
-    return native.missing() or _wide(dtypes)
+    return _wide(dtypes) or native.missing()
 
 
 def _refuse_reference(device: torch.device, dtypes: Dtypes, pinned: bool) -> str | None:
@@ -96,7 +133,9 @@ _REFUSALS: dict[str, Callable[[torch.device, Dtypes, bool], str | None]] = {
 
 
 def explain(op: str | None = None, *tensors: Tensor) -> None:
-    """Print, for one operation or all, every implementation with "ok" or why it is passed over.
+    """Print, for one operation or all, every implementation with "ok" or why it is passed over, and which one runs.
+
+    A setting that the C++ kernels refuse (FASTKD_CPU_ISA) makes a call raise, and no other implementation stands in.
 
     Args:
         op: Name of an operation, such as ``"kd_loss"``; None for all.
@@ -116,13 +155,13 @@ def explain(op: str | None = None, *tensors: Tensor) -> None:
     if op is not None and op not in OPERATIONS:
         raise ValueError(f"explain: op must be one of {', '.join(OPERATIONS)}, got {op!r}")
     if not tensors:
-        device = "cuda" if torch.cuda.is_available() else torch.get_default_device()
-        tensors = (torch.empty(1, 1, device=device, dtype=torch.float32),)
+        default = "cuda" if torch.cuda.is_available() else torch.get_default_device()
+        tensors = (torch.empty(1, 1, device=default, dtype=torch.float32),)
+    device, dtypes = tensors[0].device, tuple(x.dtype for x in tensors)
     for name in OPERATIONS if op is None else (op,):
         print(name)
-        chosen = False
+        first, raised = _first(name, device, dtypes)
         for implementation in ORDER:
-            reason = _REFUSALS[implementation](tensors[0].device, tuple(x.dtype for x in tensors), False)
-            runs = reason is None and not chosen
-            chosen = chosen or runs
-            print(f"  {implementation:<10} {reason or 'ok'}{' <- runs' if runs else ''}")
+            reason = _refusal(name, implementation, device, dtypes)
+            fate = "" if implementation != first else " <- raises" if raised else " <- runs"
+            print(f"  {implementation:<10} {reason or 'ok'}{fate}")

@@ -91,6 +91,8 @@ def _version(package: str) -> str:
 def demo(options: argparse.Namespace) -> int:
     if status := _missing("demo", DEMO_NEEDS):
         return status
+    if (wrong := native.wrong_setting()) is not None:
+        return _fail(f"fastkd demo: {wrong}")
     from . import demo as package  # heavy, and what it imports is optional
 
     settings = package.Settings()

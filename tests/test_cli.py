@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +18,18 @@ from fastkd import cli, demo
 Captured = pytest.CaptureFixture[str]
 
 
-def run_module(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run_module(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     paths = [folder for folder in sys.path if folder]
     code = (
         f"import runpy, sys; sys.path[:0] = {paths!r}; runpy.run_module('fastkd', run_name='__main__', alter_sys=True)"
     )
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_version(capsys: Captured) -> None:
@@ -51,6 +58,19 @@ def test_module_takes_the_same_arguments() -> None:
     run = run_module("explain", "no_such_operation")
     assert run.returncode == 2
     assert "no_such_operation" in run.stderr
+
+
+@pytest.mark.native
+def test_an_instruction_set_that_is_refused_is_said_and_not_thrown() -> None:
+    refused = "FASTKD_CPU_ISA must be one of "
+    run = run_module(FASTKD_CPU_ISA="bogus")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "cpu kernels       none" in run.stdout
+    assert f"  native     {refused}" in run.stdout
+    run = run_module("demo", FASTKD_CPU_ISA="bogus")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith(f"fastkd demo: {refused}")
+    assert len(run.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("operation", [None, "cross_entropy"])

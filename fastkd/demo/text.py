@@ -242,9 +242,9 @@ def largest_difference(eager: Sequence[float], fast: Sequence[float], steps: int
 
 def implementation() -> str:
     """Who computes the logit losses on a CPU here."""
-    if native.missing() is None:
-        return f"the C++ kernels ({native.extension().instruction_set()})"
-    return "the eager reference, as the C++ extension is not built"
+    if (reason := native.missing()) is not None:
+        return f"eager PyTorch ({reason})"
+    return f"the C++ kernels ({native.extension().instruction_set()})"
 
 
 def _batches(settings: TextSettings, corpus: Corpus, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

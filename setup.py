@@ -1,7 +1,8 @@
 """Builds the extension fastkd._C: C++ for the CPU, one unit per instruction set, and CUDA where nvcc is. No torch.
 
 FASTKD_NO_EXT=1 skips the extension. FASTKD_CUDA=0 or 1 forbids or demands the CUDA units (auto: if nvcc is found, under
-CUDA_HOME or on the PATH). CXX names the compiler; CXXFLAGS is not read, since a -march would reach the generic unit.
+CUDA_HOME or on the PATH). CXX names the compiler, for nvcc too unless NVCC_CCBIN does; CXXFLAGS is not read, since a
+-march would reach the generic unit.
 """
 
 import os
@@ -32,6 +33,7 @@ ISA_FLAGS = {
         *("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
     ),
 }
+LAUNCHERS = ("ccache", "distcc", "icecc", "sccache")  # they may stand before the compiler in CXX
 CUDA_ARCHITECTURES = ("80", "90", "100", "120")
 X86 = platform.machine() in ("x86_64", "AMD64")
 
@@ -57,7 +59,7 @@ def find_cxx() -> list[str]:
     return command
 
 
-def find_nvcc() -> str | None:
+def find_nvcc(cxx: Sequence[str]) -> list[str] | None:
     wanted = os.environ.get("FASTKD_CUDA") or "auto"
     if wanted not in ("0", "1", "auto"):
         raise CompileError(f"FASTKD_CUDA must be one of 0, 1, auto, got {wanted!r}")
@@ -66,22 +68,29 @@ def find_nvcc() -> str | None:
     if wanted == "1" and nvcc is None:
         where = f"under CUDA_HOME={home}" if home else "on the PATH"
         raise CompileError(f"FASTKD_CUDA=1, but there is no nvcc {where}")
-    return None if wanted == "0" else nvcc
+    if wanted == "0" or nvcc is None:
+        return None
+    # The gcc that nvcc takes by itself may be too new for it. NVCC_CCBIN is its own variable for another.
+    if not os.environ.get("CXX") or os.environ.get("NVCC_CCBIN"):
+        return [nvcc]
+    return [nvcc, "-ccbin", next((word for word in cxx if Path(word).name not in LAUNCHERS), cxx[0])]
 
 
-def ask(nvcc: str, *question: str) -> str:
-    answer = subprocess.run([nvcc, *question], capture_output=True, text=True)
+def ask(nvcc: Sequence[str], *question: str) -> str:
+    answer = subprocess.run([*nvcc, *question], capture_output=True, text=True)
     if answer.returncode != 0:
         raise CompileError(f"{shlex.join(answer.args)} failed; FASTKD_CUDA=0 builds without it:\n{answer.stderr}")
     return answer.stdout + answer.stderr  # -dryrun prints to the latter
 
 
-def architectures(nvcc: str) -> list[str]:
+def architectures(nvcc: Sequence[str]) -> list[str]:
     """Those of ours that this nvcc knows: 100 and 120 came with CUDA 12.8."""
     names = ask(nvcc, "--list-gpu-arch").split()
     known = [architecture for architecture in CUDA_ARCHITECTURES if f"compute_{architecture}" in names]
     if not known:
-        raise CompileError(f"{nvcc} compiles for none of {', '.join(CUDA_ARCHITECTURES)}; FASTKD_CUDA=0 does without")
+        raise CompileError(
+            f"{nvcc[0]} compiles for none of {', '.join(CUDA_ARCHITECTURES)}; FASTKD_CUDA=0 does without"
+        )
     return known
 
 
@@ -91,7 +100,7 @@ def nvcc_flags(known: list[str]) -> tuple[str, ...]:
     return (*NVCC_FLAGS, *(f"-gencode={code}" for code in codes))
 
 
-def cuda_library_flags(nvcc: str) -> tuple[str, ...]:
+def cuda_library_flags(nvcc: Sequence[str]) -> tuple[str, ...]:
     """cudart from the toolkit's folder as nvcc itself sees it: the nvcc on the PATH may be a wrapper."""
     plan = ask(nvcc, "-dryrun", "-c", "-x", "cu", os.devnull)
     top = Path(plan.partition("TOP=")[2].partition("\n")[0].strip())
@@ -112,7 +121,8 @@ def edge(output: Path, rule: str, inputs: Sequence[Path], flags: Sequence[str]) 
 
 
 def ninja_file(build: Path, target: Path) -> str:
-    cxx, nvcc = find_cxx(), find_nvcc()
+    cxx = find_cxx()
+    nvcc = find_nvcc(cxx)
     compiles = "$flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
     rules = [
         f"rule cxx\n  command = {in_shell(cxx)} {compiles}",
@@ -123,7 +133,7 @@ def ninja_file(build: Path, target: Path) -> str:
     if nvcc is not None:
         known = architectures(nvcc)
         define = f'-DFASTKD_WITH_CUDA="{",".join(known)}"'
-        rules.append(f"rule nvcc\n  command = {in_shell([nvcc])} {compiles}")
+        rules.append(f"rule nvcc\n  command = {in_shell(nvcc)} {compiles}")
         units = [(unit, rule, (*flags, define) if unit.parent == CSRC else flags) for unit, rule, flags in units]
         units += [(unit, "nvcc", nvcc_flags(known)) for unit in sorted((CSRC / "cuda").glob("*.cu"))]
         link_flags += cuda_library_flags(nvcc)

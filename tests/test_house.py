@@ -27,7 +27,7 @@ IMPLEMENTATIONS = ("fastkd_kernels", "fastkd.native", "fastkd.reference")
 # Above the public losses. Everybody else is below them.
 USERS = ("fastkd.cli", "fastkd.compat", "fastkd.demo", "fastkd.distill")
 ENVIRONMENT = {"FASTKD_CPU_ISA", "TRITON_INTERPRET"}
-BUILD_ENVIRONMENT = {"FASTKD_NO_EXT", "FASTKD_CUDA", "CUDA_HOME", "CXX", "PATH"}
+BUILD_ENVIRONMENT = {"FASTKD_NO_EXT", "FASTKD_CUDA", "CUDA_HOME", "CXX", "NVCC_CCBIN", "PATH"}
 BENCH_ENVIRONMENT = ENVIRONMENT | {"FASTKD_DRY_RUN"}
 MAX_LINES = 450
 

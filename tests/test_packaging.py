@@ -195,6 +195,49 @@ def test_only_its_own_unit_is_compiled_for_an_instruction_set(build: ModuleType)
         assert bool(special) == (unit.stem in build.ISA_FLAGS), unit
 
 
+FAKE_NVCC = """#!/bin/sh
+case "$*" in
+*--list-gpu-arch*) echo compute_80 compute_90 ;;
+*-dryrun*) echo "#$ $*" >&2; echo "#$ TOP=/no/such/toolkit" >&2 ;;
+*) exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "host"),
+    [
+        ({}, ""),
+        ({"CXX": "g++"}, " -ccbin g++"),
+        ({"CXX": "ccache g++ -Werror"}, " -ccbin g++"),
+        ({"CXX": "/opt/sccache /opt/g++"}, " -ccbin /opt/g++"),
+        ({"CXX": "clang++", "NVCC_CCBIN": "g++"}, ""),
+        ({"NVCC_CCBIN": "g++"}, ""),
+    ],
+    ids=str,
+)
+def test_nvcc_is_given_the_compiler_that_was_named(
+    environment: dict[str, str], host: str, build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own choice may be a gcc too new for it."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text(FAKE_NVCC)
+    nvcc.chmod(0o755)
+    for name in ("CXX", "NVCC_CCBIN", "FASTKD_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**environment, "CUDA_HOME": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(build.shutil, "which", lambda name, path=None: f"{path}/{name}" if path else name)
+    asked: list[str] = []
+    monkeypatch.setattr(build, "ask", lambda *words, ask=build.ask: asked.append(words) or ask(*words))
+    rules = build.ninja_file(tmp_path, tmp_path / "target.so")
+    assert f"rule nvcc\n  command = {nvcc}{host} $flags" in rules
+    assert f"rule cxx\n  command = {environment.get('CXX', 'g++')} $flags" in rules
+    assert all(" ".join(words[0]) == f"{nvcc}{host}" for words in asked), "nvcc looks for its compiler when asked, too"
+    assert len(asked) == 2
+
+
 def build_extension(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     where = ["--build-temp", str(folder / "temp"), "--build-lib", str(folder / "lib")]
     return subprocess.run(
@@ -210,7 +253,7 @@ def build_extension(folder: Path, **environment: str) -> subprocess.CompletedPro
     ("environment", "message"),
     [
         ({"CXX": "no-such-compiler"}, "fastkd needs a C++17 compiler, and there is no 'no-such-compiler'"),
-        ({"CXX": "false"}, "fastkd: the extension did not build"),
+        ({"CXX": "false", "FASTKD_CUDA": "0"}, "fastkd: the extension did not build"),
         ({"FASTKD_CUDA": "yes"}, "FASTKD_CUDA must be one of 0, 1, auto, got 'yes'"),
         ({"FASTKD_CUDA": "1", "CUDA_HOME": "/nowhere"}, "FASTKD_CUDA=1, but there is no nvcc under CUDA_HOME=/nowhere"),
     ],

@@ -17,7 +17,7 @@ import fastkd
 from . import native
 
 DEMO_NEEDS = ("matplotlib", "rich", "sklearn", "tokenizers")  # modules, of the extra "demo"
-BENCH_NEEDS = ("rich", "tqdm")
+BENCH_NEEDS = ("psutil", "rich", "tqdm")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

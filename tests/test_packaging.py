@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import ctypes.util
 import importlib.metadata
 import importlib.util
 import os
@@ -20,10 +21,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import fastkd
-from fastkd import native
+from fastkd import cli, native
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH_PIN = "==2.13.0"
+OLDEST_TORCH = "2.11"
+DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where it is not the module's name
 # Bound to one build of torch: pip would replace torch to satisfy them.
 NEVER = {"torchvision", "torchaudio", "timm"}
 X86 = platform.machine() in ("x86_64", "AMD64")
@@ -60,9 +63,34 @@ def test_the_pin_is_read_before_the_range(project: dict) -> None:
 def test_the_library_takes_any_newer_torch(project: dict) -> None:
     requirements = [Requirement(line) for line in project["dependencies"]]
     (torch_,) = (one for one in requirements if one.name == "torch" and one.marker is None)
-    (bound,) = torch_.specifier
-    assert bound.operator == ">="
-    assert Requirement(f"torch{TORCH_PIN}").specifier.contains(bound.version), "the oldest torch is the one we run"
+    assert str(torch_.specifier) == f">={OLDEST_TORCH}"
+    assert torch_.specifier.contains(TORCH_PIN.removeprefix("==")), "pip cannot meet both"
+
+
+def imported(*files: Path) -> set[str]:
+    """The packages that these files import, wherever in them."""
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text()))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+
+
+def required(lines: list[str]) -> set[str]:
+    return {Requirement(line).name for line in lines}
+
+
+def test_the_extras_are_what_is_imported(project: dict) -> None:
+    extras, here = project["optional-dependencies"], {"bench", "fastkd", "torch"}
+    demo = imported(*(ROOT / "fastkd" / "demo").glob("*.py")) - here
+    assert demo == set(cli.DEMO_NEEDS)
+    assert required(extras["demo"]) - {"torch"} == {DISTRIBUTIONS.get(name, name) for name in demo}
+
+    bench = imported(*(ROOT / "bench").glob("*.py")) - here
+    rivals_and_devices = {"liger_kernel", "triton"}
+    drawing = {"matplotlib"}
+    compiling = {"setuptools"}  # torch.compile imports it on the CPU
+    assert bench - rivals_and_devices - drawing == set(cli.BENCH_NEEDS)
+    assert required(extras["bench"]) - {"torch"} == bench - rivals_and_devices | compiling
 
 
 def closure(distribution: str, extras: set[str]) -> Iterator[Requirement]:
@@ -120,6 +148,18 @@ def test_the_stub_names_what_the_extension_has() -> None:
     optional = set() if extension.cuda_architectures else {name for name in stub if name.startswith("cuda_")}
     there = {name for name in vars(extension) if not name.startswith("_")}
     assert stub - optional <= there <= stub
+
+
+def test_the_cuda_part_answers() -> None:
+    """Linked statically it loads on any machine, and says how many devices the driver shows, or why it shows none."""
+    extension = native.extension()
+    if not extension.cuda_architectures:
+        pytest.skip("the extension was built without CUDA")
+    count = extension.cuda_device_count()
+    if ctypes.util.find_library("cuda") is None:
+        assert count == -35  # no driver
+    elif torch.version.cuda is not None:
+        assert max(count, 0) == torch.cuda.device_count()
 
 
 def force(name: str) -> subprocess.CompletedProcess[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,15 +35,6 @@ TINY = Settings(
         evaluation_batches=2,
     ),
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """At these sizes threads only wait for one another, for seconds where the machine has other work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def report_of(folder: Path) -> dict[str, Any]:
@@ -132,6 +123,40 @@ def test_fails_when_the_teacher_knows_nothing(
     monkeypatch.setattr(fastkd, "kd_loss", noise)
     assert demo.run(tmp_path, ("digits",), TINY) == 1
     assert "FAILED digits: distillation gains -" in capsys.readouterr().out
+
+
+def test_five_seeds_unless_others_are_asked_for() -> None:
+    """One seed has no spread, and any gain exceeds that: it would be luck, and the check of it no check."""
+    assert len(set(Settings().seeds)) == 5
+
+
+def test_students_are_distilled_on_every_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those without a label too, with alpha 0: that is what the teacher is for."""
+    honest, alphas = fastkd.kd_loss, {}
+
+    def recording(student: torch.Tensor, teacher: torch.Tensor, *target: torch.Tensor, **options: Any) -> torch.Tensor:
+        for row, alpha in zip(teacher.tolist(), options["alpha"].tolist(), strict=True):
+            alphas[tuple(row)] = alpha  # the teacher's logits tell the inputs apart
+        return honest(student, teacher, *target, **options)
+
+    monkeypatch.setattr(fastkd, "kd_loss", recording)
+    demo.run(tmp_path, ("digits",), replace(TINY, seeds=(0,)))
+    labels = 10 * TINY.digits.labels_per_class
+    known = [alpha for alpha in alphas.values() if alpha != 0]
+    assert known == pytest.approx([TINY.digits.alpha] * labels)
+    assert len(alphas) == report_of(tmp_path)["digits"]["train_rows"] > 10 * labels
+
+
+def test_a_label_that_is_not_known_is_not_used() -> None:
+    data, labelled = digits.load(), torch.arange(0, 60)
+    knowledge, logits, rows = torch.randn(len(data.train), 10), torch.randn(100, 10), torch.arange(100)
+    losses = []
+    for change in (0, 1):
+        target = data.train_target.clone()
+        target[60:] = (target[60:] + change) % 10
+        changed = replace(data, train_target=target)
+        losses.append(digits.distillation_loss(TINY.digits, changed, labelled, knowledge)(logits, rows))
+    assert torch.equal(*losses)
 
 
 def test_one_thread_for_the_digits_alone() -> None:

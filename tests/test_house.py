@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import logit_problems
 import pytest
 
 import fastkd
+from fastkd import _rows
+from fastkd.reference import logit
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {
@@ -96,6 +99,14 @@ def test_the_extension_includes_no_torch_header() -> None:
             assert not name.startswith(("torch/", "ATen/", "c10/", "caffe2/")), f"{path} includes {name}"
             if path.parent != ROOT / "csrc":
                 assert not name.startswith(("pybind11/", "Python.h")), f"{path} includes {name}: only csrc/*.cpp bind"
+
+
+def test_every_list_of_divergences_is_complete() -> None:
+    """In the same order: C++ knows them by number."""
+    (enum,) = re.findall(r"enum class Divergence : \w+ {([^}]*)}", (ROOT / "csrc" / "cpu" / "logit.h").read_text())
+    assert tuple(name.strip() for name in enum.split(",")) == _rows.DIVERGENCES
+    assert {*logit.DIVERGENCES, "mse"} == set(_rows.DIVERGENCES)
+    assert logit_problems.DIVERGENCES == _rows.DIVERGENCES, "the tests go by this list"
 
 
 def public_packages() -> list[ModuleType]:

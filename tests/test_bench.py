@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import eager, gpu_checks, kd, measure, memory, readme, record, run
+from bench import eager, kd, measure, memory, readme, record, run
 from bench.measure import Case, Contender, Sample
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -247,34 +246,3 @@ def test_readme_of_this_checkout() -> None:
     if not list(record.RESULTS.glob("kd-*.csv")):
         pytest.skip("no rows have been measured yet")
     assert readme.main(["--check"]) == 0
-
-
-@pytest.mark.slow
-def test_gpu_script_dry_run(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path), "COMMIT": "abc1234"}
-    done = subprocess.run(
-        ["bash", "bench/gpu.sh", "--dry-run"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    summary = done.stdout.split("== summary\n")[1]
-    assert "FAILED" not in summary
-    for step in ("environment", "build", "checks", "kd", "call"):
-        assert f" {step}" in summary
-    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["call", "kd"]
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_gpu_checks_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_checks.main([]) == gpu_checks.CANNOT_RUN
-    assert "no CUDA device" in capsys.readouterr().out
-
-
-GPU_CHECKS = gpu_checks.checks(gpu_checks.GPU)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", GPU_CHECKS)
-def test_on_gpu(name: str) -> None:
-    GPU_CHECKS[name]()

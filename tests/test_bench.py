@@ -80,9 +80,21 @@ def test_rivals_compute_the_same(divergence: str) -> None:
         truth.check(Contender("eager", arena.runner(mode, eager.eager(divergence)), arena.restore))
 
 
-@pytest.mark.parametrize("who", ["eager", "fastkd", "fastkd-overwrite"])
+@pytest.mark.parametrize(
+    ("who", "mode", "number"),
+    [
+        ("eager", "forward", "loss"),
+        ("fastkd", "forward", "loss"),
+        *[(who, "forward+backward", number) for who in ("eager", *kd.OURS) for number in ("loss", "gradient")],
+    ],
+)
 def test_a_wrong_number_is_not_timed(
-    who: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    who: str,
+    mode: str,
+    number: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     right = kd._contender
 
@@ -93,14 +105,16 @@ def test_a_wrong_number_is_not_timed(
 
         def run() -> tuple[torch.Tensor, ...]:
             loss, *grad = contender.run()
+            if number == "loss":
+                return loss * 1.001, *grad
             return loss, *(x * 1.001 for x in grad)
 
         return Contender(name, run, contender.prepare, contender.impl)
 
     monkeypatch.setattr(kd, "_contender", off_by_a_hair)
-    words = ["kd", *TINY, *PROBLEM, "--mode", "forward+backward", "--out", str(tmp_path)]
+    words = ["kd", *TINY, *PROBLEM, "--mode", mode, "--out", str(tmp_path)]
     assert run.main([*words, "--providers", "eager", "fastkd", "fastkd-overwrite"]) == 1
-    assert f"{who}: gradient" in " ".join(capsys.readouterr().out.split())
+    assert f"{who}: {number}" in " ".join(capsys.readouterr().out.split())
     assert not list(tmp_path.iterdir())
 
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import gpu_checks
+from bench import gpu_checks, measure
+from bench.measure import Contender
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU_CHECKS = gpu_checks.checks(gpu_checks.GPU)
@@ -28,6 +29,33 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a G
 @pytest.mark.parametrize("name", GPU_CHECKS)
 def test_on_gpu(name: str) -> None:
     GPU_CHECKS[name]()
+
+
+def test_the_host_gets_a_head_start_before_the_clock_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+
+    class Event:
+        names = iter(("start", "end"))
+
+        def __init__(self, enable_timing: bool) -> None:
+            self.name = next(Event.names)
+
+        def record(self) -> None:
+            done.append(self.name)
+
+        def elapsed_time(self, end: Event) -> float:
+            return 3.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append(f"sleep {cycles / 2e6:g} ms"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: done.append("wait"))
+    monkeypatch.setattr(measure, "ramp_clocks", lambda device: None)
+    clock = measure.EventClock(torch.device("cpu"))
+    filled = clock.evict.sum()
+    contender = Contender("x", lambda: done.append("run") or (), lambda: done.append("prepare"))
+    assert clock.time(contender) == (0.003, None)
+    assert done == ["prepare", "sleep 1 ms", "start", "run", "end", "wait"]
+    assert clock.evict.sum() > filled
 
 
 @interpreted

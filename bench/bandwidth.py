@@ -22,7 +22,7 @@ class Copy:
             size = max(size, GPU_BUFFER)
         self.source = torch.ones(size // 4, device=device)
         self.destination = torch.zeros_like(self.source)
-        self.bytes = 2 * self.source.nbytes  # read and written
+        self.work = 2 * self.source.nbytes  # bytes, read and written
 
     def __call__(self) -> tuple[Tensor, ...]:
         return (self.destination.copy_(self.source),)

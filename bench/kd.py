@@ -6,7 +6,8 @@ everyone. ``torch.autograd.grad`` stops at the logits: no accumulation is timed.
 
 The least bytes count logits alone, for a forward and a backward that share but a few numbers a row: forward reads
 student and teacher, backward reads both again and writes the gradient. A kernel that does both while a row is in the
-cache moves less, and may so exceed 100 % of the copy rate.
+cache moves less, and may so exceed 100 % of the copy rate. The least exponentials are those of the same two passes,
+see ``bench/exponentials.py``.
 
 ``forward`` is what a validation step runs: without gradients.
 """
@@ -26,6 +27,7 @@ import fastkd
 from bench import eager, gate
 from bench.data import as_output, peaked_pair
 from bench.eager import ALPHA, BETA, LIGER_HAS, TEMPERATURE, Loss
+from bench.exponentials import least_exponentials
 from bench.measure import Case, Contender
 from fastkd import _dispatch
 from fastkd._rows import DIVERGENCES
@@ -145,7 +147,12 @@ def case(arena: Arena, truth: Gate, divergence: str, mode: str, args: argparse.N
         "rows": rows,
         "vocab": vocab,
     }
-    fields = {"inputs": arena.inputs, "least_bytes": least_bytes(arena, mode), **kind}
+    fields = {
+        "inputs": arena.inputs,
+        "least_bytes": least_bytes(arena, mode),
+        "least_exponentials": least_exponentials(divergence, mode, arena.memory.numel()),
+        **kind,
+    }
     return Case(labels, contenders, absent=absent, **fields)
 
 

@@ -37,6 +37,7 @@ class Case:
     inputs: Sequence[Tensor] = ()  # what memory is counted beside
     absent: dict[str, str] = field(default_factory=dict)  # who cannot run, and why
     least_bytes: int | None = None  # what no implementation can do without; None where launches are the cost
+    least_exponentials: int | None = None  # the same
     calls: int = 1  # runs per reading of the clock; above 1 the caches stay warm
 
 

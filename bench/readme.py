@@ -93,7 +93,7 @@ def _table(rows: Sequence[Row]) -> str:
     for row in rows:
         problems.setdefault(tuple(row[field] for field in PROBLEM), {})[row["provider"]] = row
     providers = [name for name in PROVIDERS if any(name in found for found in problems.values())]
-    heads = ["loss", "logits", *(PROVIDERS[name] for name in providers), "of copy rate", "extra memory"]
+    heads = ["loss", "logits", *(PROVIDERS[name] for name in providers), "of floor", "extra memory"]
     lines = [heads, ["---", "---"] + ["---:"] * (len(heads) - 2)]
     for found in problems.values():
         any_row = next(iter(found.values()))
@@ -103,7 +103,7 @@ def _table(rows: Sequence[Row]) -> str:
                 f"`{any_row['divergence']}`",
                 f"{any_row['rows']} x {int(any_row['vocab']):,} {any_row['dtype']}",
                 *(_cell(found.get(name)) for name in providers),
-                f"{float(ours['percent_of_copy']):.0f} %" if ours.get("percent_of_copy") else "",
+                _of_floor(ours),
                 _memory(found),
             ]
         )
@@ -115,6 +115,12 @@ def _cell(row: Row | None) -> str:
         return "-"
     ratio = f" ({float(row['times_eager']):.1f}x)" if row["times_eager"] and row["provider"] != "eager" else ""
     return f"{_time(row['wall_ms'])}{ratio}"
+
+
+def _of_floor(row: Row) -> str:
+    """The floor is the longer of the times of the bytes and of the exponentials; a dash where one was not measured."""
+    shares = [row.get("percent_of_copy"), row.get("percent_of_exp2")]
+    return f"{max(float(share) for share in shares if share):.0f} %" if all(shares) else "-"
 
 
 def _memory(found: dict[str, Row]) -> str:
@@ -132,9 +138,11 @@ def _caption(machine: str, rows: Sequence[Row], calls: Sequence[Row]) -> str:
     text = (
         f"{machine}, {all_of('isa')}, torch {all_of('torch')}: forward and backward, median of interleaved runs; in "
         f"parentheses how many times as fast as eager. fastkd is commit {all_of('commit')} ({implementations}). "
-        f"The copy rate is that of `copy_`, {_range(rows, 'copy_gb_per_s')} GB/s in the same runs, over the bytes of "
-        "two passes over all logits and one gradient. Extra memory is beside the inputs and the gradient; overwriting "
-        f"needs none for the gradient either. Command: {commands}."
+        "The floor is the longer of two times: that of the bytes of two passes over all logits and one gradient, at "
+        f"the rate of `copy_` ({_range(rows, 'copy_gb_per_s', 'GB/s')}), and that of the exponentials and logarithms "
+        f"that these need, at the rate of `exp2` in cache ({_range(rows, 'exp2_gexp_per_s', 'G/s')}), both measured in "
+        "the same runs. Extra memory is beside the inputs and the gradient; overwriting needs none for the gradient "
+        f"either. Command: {commands}."
     )
     times = {row["provider"]: row["wall_ms"] for row in calls if row["divergence"] == PLOTTED}
     if {"eager", "fastkd"} <= times.keys():
@@ -143,10 +151,12 @@ def _caption(machine: str, rows: Sequence[Row], calls: Sequence[Row]) -> str:
     return text
 
 
-def _range(rows: Sequence[Row], field: str) -> str:
-    values = sorted(float(row[field]) for row in rows if row[field])
-    low, high = (f"{value:.3g}" for value in (values[0], values[-1])) if values else ("?", "?")
-    return low if low == high else f"{low} to {high}"
+def _range(rows: Sequence[Row], field: str, unit: str) -> str:
+    values = sorted(float(row[field]) for row in rows if row.get(field))
+    if not values:
+        return "not measured"
+    low, high = (f"{value:.3g}" for value in (values[0], values[-1]))
+    return f"{low} {unit}" if low == high else f"{low} to {high} {unit}"
 
 
 def _time(milliseconds: str) -> str:

@@ -47,9 +47,10 @@ def rows_of(
     shared: Row,
     samples: Mapping[str, Sequence[Sample]],
     peaks: Mapping[str, Peak | None],
-    copy: float | None,
+    copy: float | None = None,
+    exp2: float | None = None,
 ) -> list[Row]:
-    """One row a contender. ``copy``: bytes per second that a copy moved in the same rounds."""
+    """One row a contender. ``copy``: bytes per second that a copy moved in the same rounds; ``exp2``: exponentials."""
     wall = {name: figures([sample.wall for sample in taken]) for name, taken in samples.items()}
     cpu_samples = {name: [sample.cpu for sample in taken if sample.cpu] for name, taken in samples.items()}
     cpu = {name: figures(seconds) for name, seconds in cpu_samples.items() if seconds}
@@ -60,6 +61,7 @@ def rows_of(
     def row(contender: Contender) -> Row:
         name, peak = contender.name, peaks.get(contender.name)
         rate = case.least_bytes / wall[name].median if case.least_bytes else None
+        exponentials = case.least_exponentials / wall[name].median if case.least_exponentials else None
         figures_of = {
             "provider": name,
             "impl": contender.impl,
@@ -70,6 +72,10 @@ def rows_of(
             "gb_per_s": _scaled(rate, 1e-9),
             "copy_gb_per_s": _scaled(copy, 1e-9),
             "percent_of_copy": _scaled(rate / copy if rate and copy else None, 100),
+            "least_mexp": _scaled(case.least_exponentials, 1e-6),
+            "gexp_per_s": _scaled(exponentials, 1e-9),
+            "exp2_gexp_per_s": _scaled(exp2, 1e-9),
+            "percent_of_exp2": _scaled(exponentials / exp2 if exponentials and exp2 else None, 100),
             **{f"times_{baseline}": _scaled(times(name, baseline, wall)) for baseline in BASELINES},
             **{f"cpu_times_{baseline}": _scaled(times(name, baseline, cpu)) for baseline in BASELINES},
             "peak_mib": _scaled(peak.beside_inputs if peak else None, 2**-20),
@@ -81,17 +87,31 @@ def rows_of(
 
 
 def append(path: Path, rows: Sequence[Row]) -> None:
-    """A file has one header for life: rows with other columns belong into a new file."""
+    """Rows of before have nothing in columns that are new. Rows that lack a column belong into a new file."""
     header = list(rows[0])
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        with path.open(newline="") as file:
-            found = next(csv.reader(file), header)
-        if found != header:
-            raise ValueError(f"{path} has other columns ({', '.join(set(found) ^ set(header))}): move it away")
-    with path.open("a", newline="") as file:
+    found = _header(path)
+    if found and not set(found) <= set(header):
+        raise ValueError(f"{path} has other columns ({', '.join(set(found) ^ set(header))}): move it away")
+    if found == header:
+        _write(path, "a", header, rows)
+    else:
+        wider = path.with_suffix(".new")  # whole before it takes the place of the old one
+        _write(wider, "w", header, [*(read(path) if found else []), *rows])
+        wider.replace(path)
+
+
+def _header(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return next(csv.reader(file), [])
+
+
+def _write(path: Path, mode: str, header: Sequence[str], rows: Sequence[Mapping[str, object]]) -> None:
+    with path.open(mode, newline="") as file:
         writer = csv.DictWriter(file, header, lineterminator="\n")
-        if file.tell() == 0:
+        if mode == "w":
             writer.writeheader()
         writer.writerows(rows)
 

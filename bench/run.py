@@ -27,6 +27,7 @@ from tqdm import tqdm  # noqa: E402
 
 from bench import measure, memory, record, screen  # noqa: E402
 from bench.bandwidth import Copy  # noqa: E402
+from bench.exponentials import Exponentials  # noqa: E402
 from bench.gate import Wrong  # noqa: E402
 from bench.measure import Case, Contender  # noqa: E402
 
@@ -78,16 +79,20 @@ def measure_case(case: Case, shared: record.Row, device: torch.device, rounds: i
     if not case.contenders:
         return []
     contenders = list(case.contenders)
-    copy = None
+    roofs: dict[str, Copy | Exponentials] = {}
     if case.least_bytes:
-        copy = Copy(device)
-        contenders.append(Contender("copy", copy))
+        roofs["copy"] = Copy(device)
+    if case.least_exponentials:
+        roofs["exp2"] = Exponentials(device)
+    contenders += [Contender(name, roof) for name, roof in roofs.items()]
     title = " ".join(str(value) for value in case.labels.values())
     with tqdm(total=rounds * len(contenders), desc=title, leave=False, disable=None) as bar:
         samples = measure.interleave(contenders, measure.clock_for(device, case.calls), rounds, bar.update)
     peaks = {one.name: memory.peak(one, device, case.inputs) for one in case.contenders if case.inputs}
-    rate = copy.bytes / measure.figures([s.wall for s in samples.pop("copy")]).median if copy else None
-    return record.rows_of(case, shared, samples, peaks, rate)
+    rates = {
+        name: roof.work / measure.figures([s.wall for s in samples.pop(name)]).median for name, roof in roofs.items()
+    }
+    return record.rows_of(case, shared, samples, peaks, **rates)
 
 
 def _arguments(argv: Sequence[str] | None) -> tuple[Family, argparse.Namespace]:

@@ -17,6 +17,7 @@ COLUMNS = {
     "cpu_ms": "CPU ms",
     "gb_per_s": "GB/s",
     "percent_of_copy": "% of copy",
+    "percent_of_exp2": "% of exp2",
     "times_eager": "x eager",
     "times_compiled": "x compiled",
     "cpu_times_eager": "CPU x eager",
@@ -33,9 +34,7 @@ def show(console: Console, case: Case, rows: Sequence[Row]) -> None:
 
 def _table(case: Case, rows: Sequence[Row]) -> Table:
     title = ", ".join(f"{name} {value}" for name, value in case.labels.items())
-    least, copy = rows[0]["least_mb"], rows[0]["copy_gb_per_s"]
-    caption = f"at least {least} MB moved; a copy runs at {copy} GB/s" if least else None
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    table = Table(title=title, caption=_roofs(rows[0]), title_justify="left", caption_justify="left")
     table.add_column("provider")
     columns = {key: heading for key, heading in COLUMNS.items() if any(row[key] for row in rows)}
     for heading in columns.values():
@@ -44,3 +43,12 @@ def _table(case: Case, rows: Sequence[Row]) -> Table:
         who = f"{row['provider']} ({row['impl']})" if row["impl"] else str(row["provider"])
         table.add_row(who, *(str(row[key]) for key in columns))
     return table
+
+
+def _roofs(row: Row) -> str:
+    lines = []
+    if row["least_mb"]:
+        lines.append(f"at least {row['least_mb']} MB moved; a copy runs at {row['copy_gb_per_s']} GB/s")
+    if row["least_mexp"]:
+        lines.append(f"at least {row['least_mexp']} M exponentials; exp2 runs at {row['exp2_gexp_per_s']} G/s")
+    return "\n".join(lines)

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import eager, kd, measure, memory, readme, record, run
+from bench import eager, exponentials, kd, measure, memory, readme, record, run
 from bench.measure import Case, Contender, Sample
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--device", "cpu", "--threads", "1", "--repeat", "2", "--commit", "abc1234"]
 PROBLEM = ["--vocab", "257", "--rows", "8"]
 FIGURES = ("wall_ms", "wall_p20_ms", "wall_p80_ms", "cpu_ms", "gb_per_s", "copy_gb_per_s", "percent_of_copy")
+FIGURES += ("least_mexp", "gexp_per_s", "exp2_gexp_per_s", "percent_of_exp2")
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ def test_a_run_writes_a_row_for_everyone(tmp_path: Path) -> None:
 def test_the_price_of_one_call(tmp_path: Path) -> None:
     rows = rows_of_run(tmp_path, "call", *TINY, "--calls", "2", "--providers", "eager", "fastkd")
     assert [row["provider"] for row in rows] == ["eager", "fastkd"]
-    assert all(float(row["wall_ms"]) > 0 and row["percent_of_copy"] == "" for row in rows)
+    assert all(float(row["wall_ms"]) > 0 and row["percent_of_copy"] == row["percent_of_exp2"] == "" for row in rows)
 
 
 @pytest.mark.slow
@@ -151,11 +152,68 @@ def test_least_bytes_are_counted_by_hand() -> None:
     assert kd.least_bytes(arena, "forward+backward") == 5 * 400 * 2
 
 
+def test_least_exponentials_are_counted_by_hand() -> None:
+    """p and q for the normalisers, what the value needs of them, and again for the gradient; a logarithm is one too."""
+    want = {
+        "forward_kl": (2, 2 + 2),
+        "cross_entropy": (2, 2 + 2),
+        "reverse_kl": (2 + 1, 3 + 1),
+        "tvd": (2 + 2, 4 + 2),
+        "jsd": (2 + 3, 5 + 3),
+        "skew_kl": (2 + 3, 5 + 2),
+        "skew_reverse_kl": (2 + 3, 5 + 3),
+        "mse": (1, 1 + 1),
+    }
+    assert set(want) == set(kd.DIVERGENCES)
+    for divergence, counts in want.items():
+        assert tuple(exponentials.least_exponentials(divergence, mode, 10) for mode in kd.MODES) == (
+            10 * counts[0],
+            10 * counts[1],
+        )
+
+
+def test_the_machines_exponentials_are_all_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = exponentials.Exponentials(torch.device("cpu"))
+    computed: list[int] = []
+    right = torch.exp2
+
+    def counted(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        computed.append(out.numel())
+        return right(x, out=out)
+
+    monkeypatch.setattr(torch, "exp2", counted)
+    (results,) = one()
+    assert one.work == sum(computed)
+    assert len(computed) > 10
+    assert results.abs().max() == 1
+    # Both buffers of a thread fit into caches, so that no memory is measured.
+    assert 2 * results.nbytes <= 2**20 * torch.get_num_threads()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for the CPU")
+def test_chains_of_exponentials_are_as_long_as_they_say() -> None:
+    pytest.importorskip("triton")
+    from bench.exponential_chains import exponential_chains
+
+    first = torch.arange(2048) * 1e-9
+    got = exponential_chains(torch.zeros(2048), 16)
+    for _ in range(16):
+        first = torch.exp2(-first)
+    torch.testing.assert_close(got, first, rtol=1e-6, atol=0)
+    assert exponential_chains(got, 64).tolist() == pytest.approx([0.6411857] * 2048)
+
+
 def test_a_rate_is_bytes_over_time() -> None:
-    case = Case({"vocab": 8}, [Contender("eager", tuple), Contender("fastkd", tuple)], least_bytes=3 * 10**9)
+    who = [Contender("eager", tuple), Contender("fastkd", tuple)]
+    case = Case({"vocab": 8}, who, least_bytes=3 * 10**9, least_exponentials=10**9)
     samples = {"eager": [Sample(3.0, 6.0)] * 2, "fastkd": [Sample(1.0, 1.5)] * 2}
-    slow, fast = record.rows_of(case, {}, samples, {}, copy=6e9)
+    slow, fast = record.rows_of(case, {}, samples, {}, copy=6e9, exp2=4e9)
     assert (slow["gb_per_s"], slow["percent_of_copy"], fast["percent_of_copy"]) == ("1", "16.667", "50")
+    assert (slow["least_mexp"], slow["exp2_gexp_per_s"]) == ("1000", "4")
+    assert (slow["gexp_per_s"], slow["percent_of_exp2"], fast["percent_of_exp2"]) == ("0.33333", "8.3333", "25")
+    (unknown, _) = record.rows_of(Case({}, who, least_bytes=8), {}, samples, {}, copy=6e9)
+    assert unknown["percent_of_copy"]
+    assert [unknown[name] for name in ("least_mexp", "gexp_per_s", "exp2_gexp_per_s", "percent_of_exp2")] == [""] * 4
     assert (fast["times_eager"], fast["cpu_times_eager"], fast["times_compiled"]) == ("3", "4", "")
 
 
@@ -181,6 +239,14 @@ def test_a_file_keeps_its_columns(tmp_path: Path) -> None:
     assert record.read(path) == [{"a": "1", "b": "x, y"}, {"a": "2", "b": ""}]
     with pytest.raises(ValueError, match="has other columns"):
         record.append(path, [{"a": 1, "c": 2}])
+    record.append(path, [{"a": 3, "new": 5, "b": "z"}])
+    assert path.read_text().splitlines()[0] == "a,new,b"
+    assert record.read(path) == [
+        {"a": "1", "new": "", "b": "x, y"},
+        {"a": "2", "new": "", "b": ""},
+        {"a": "3", "new": "5", "b": "z"},
+    ]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def sample_row(provider: str, vocab: int, milliseconds: float, date: str = "2030-01-01T00:00:00+00:00") -> record.Row:
@@ -204,6 +270,8 @@ def sample_row(provider: str, vocab: int, milliseconds: float, date: str = "2030
         "times_eager": 600 / milliseconds,
         "percent_of_copy": 80,
         "copy_gb_per_s": 20,
+        "percent_of_exp2": 60,
+        "exp2_gexp_per_s": 9,
         "extra_mib": 300 if provider == "eager" else 0,
     }
 
@@ -235,8 +303,34 @@ def test_readme_is_written_from_the_rows(house: Path) -> None:
     assert "| `forward_kl` | 512 x 50,257 float32 | 600 ms | 60 ms (10.0x) | 80 % | 0 MiB (eager 300) |" in text
     for said in ("Abacus 9, 2 threads", "abc1234", "`python bench/run.py kd`", "40.0 us, 0.40 of eager's 0.1 ms"):
         assert said in text
+    assert "at the rate of `copy_` (20 GB/s)" in text
+    assert "at the rate of `exp2` in cache (9 G/s)" in text
     assert (house / "results" / "kd.png").stat().st_size > 5000
     assert write_readme(house, "--check") == 0
+
+
+@pytest.mark.parametrize(("copy", "exp2", "said"), [(30, 70, "70 %"), (70, 30, "70 %"), (70, "", "-"), ("", 70, "-")])
+def test_readme_says_how_close_to_the_higher_floor(house: Path, copy: object, exp2: object, said: str) -> None:
+    rows = [
+        sample_row("eager", 7, 600),
+        sample_row("fastkd", 7, 60) | {"percent_of_copy": copy, "percent_of_exp2": exp2},
+    ]
+    record.append(house / "results" / "kd-abacus-9.csv", rows)
+    write_readme(house)
+    assert (
+        f"| 60 ms (10.0x) | {said} | 0 MiB" in (house / "README.md").read_text().split("x 7 float32")[1].split("\n")[0]
+    )
+
+
+def test_readme_of_rows_from_before_there_was_a_floor(house: Path) -> None:
+    path = house / "results" / "kd-abacus-9.csv"
+    rows = [{k: v for k, v in row.items() if "exp2" not in k} for row in record.read(path)]
+    path.unlink()
+    record.append(path, rows)
+    write_readme(house)
+    text = (house / "README.md").read_text()
+    assert text.count("| 60 ms (10.0x) | - | 0 MiB") == 2
+    assert "`exp2` in cache (not measured)" in text
 
 
 def test_readme_drifts_from_newer_rows(house: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,6 +28,7 @@ PROVIDERS = {
 }
 PROBLEM = ("machine", "threads", "dtype", "divergence", "mode", "rows", "vocab")
 PLOTTED = "forward_kl"
+WIDE_MARK = "†"
 TRAINING = "forward+backward"
 Row = dict[str, str]
 
@@ -114,7 +115,11 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return "-"
     ratio = f" ({float(row['times_eager']):.1f}x)" if row["times_eager"] and row["provider"] != "eager" else ""
-    return f"{_time(row['wall_ms'])}{ratio}"
+    return f"{_time_of(row)}{ratio}"
+
+
+def _time_of(row: Row) -> str:
+    return _time(row["wall_ms"]) + (f" {WIDE_MARK}" if record.is_wide(row) else "")
 
 
 def _of_floor(row: Row) -> str:
@@ -144,10 +149,16 @@ def _caption(machine: str, rows: Sequence[Row], calls: Sequence[Row]) -> str:
         "the same runs. Extra memory is beside the inputs and the gradient; overwriting needs none for the gradient "
         f"either. Command: {commands}."
     )
-    times = {row["provider"]: row["wall_ms"] for row in calls if row["divergence"] == PLOTTED}
-    if {"eager", "fastkd"} <= times.keys():
-        ratio = float(times["fastkd"]) / float(times["eager"])
-        text += f" One call on 8 x 10 logits: {_time(times['fastkd'])}, {ratio:.2f} of eager's {_time(times['eager'])}."
+    one_call = {row["provider"]: row for row in calls if row["divergence"] == PLOTTED}
+    if {"eager", "fastkd"} <= one_call.keys():
+        ours, eager = one_call["fastkd"], one_call["eager"]
+        ratio = float(ours["wall_ms"]) / float(eager["wall_ms"])
+        text += f" One call on 8 x 10 logits: {_time_of(ours)}, {ratio:.2f} of eager's {_time_of(eager)}."
+    if WIDE_MARK in text or any(map(record.is_wide, rows)):
+        text += (
+            f" {WIDE_MARK}: the runs spread widely (their 80th percentile is over {record.WIDE} times their 20th), so "
+            "that this time, and every ratio to it, is rough."
+        )
     return text
 
 

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 GENERATED = (":!bench/results", ":!README.md")  # a bench that writes its rows does not make the code it timed dirty
 BASELINES = ("eager", "compiled")
+WIDE = 1.3  # the 80th percentile over the 20th: above that, something else ran on the machine
 Row = dict[str, object]
 
 
@@ -119,6 +120,12 @@ def _write(path: Path, mode: str, header: Sequence[str], rows: Sequence[Mapping[
 def read(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def is_wide(row: Mapping[str, object]) -> bool:
+    """Whether the runs of a row spread so widely that its median says little."""
+    p20, p80 = (row.get(f"wall_{name}_ms") for name in ("p20", "p80"))
+    return bool(p20 and p80) and float(str(p80)) > WIDE * float(str(p20))
 
 
 def file_for(folder: Path, family: str, shared: Row) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from bench import record
 from bench.measure import Case
 from bench.record import Row
 
@@ -28,6 +29,11 @@ COLUMNS = {
 def show(console: Console, case: Case, rows: Sequence[Row]) -> None:
     if rows:
         console.print(_table(case, rows))
+    for row in filter(record.is_wide, rows):
+        spread = f"p20 {row['wall_p20_ms']} to p80 {row['wall_p80_ms']} ms"
+        console.print(
+            f"  {row['provider']} spreads widely ({spread}): run it again on a quieter machine", style="yellow"
+        )
     for name, reason in case.absent.items():
         console.print(f"  {name} did not run: {reason}", style="yellow")
 

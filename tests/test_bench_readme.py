@@ -1,0 +1,144 @@
+"""The section of README.md that is written from the benches' rows: it says what they say, and when to doubt them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench import readme, record
+
+
+def sample_row(provider: str, vocab: int, milliseconds: float, date: str = "2030-01-01T00:00:00+00:00") -> record.Row:
+    return {
+        "date": date,
+        "commit": "abc1234",
+        "machine": "Abacus 9",
+        "device": "cpu",
+        "threads": 2,
+        "isa": "beads",
+        "torch": "2.13.0",
+        "command": "python bench/run.py kd",
+        "divergence": "forward_kl",
+        "mode": "forward+backward",
+        "dtype": "float32",
+        "rows": 512,
+        "vocab": vocab,
+        "provider": provider,
+        "impl": "native" if provider == "fastkd" else "",
+        "wall_ms": milliseconds,
+        "times_eager": 600 / milliseconds,
+        "percent_of_copy": 80,
+        "copy_gb_per_s": 20,
+        "percent_of_exp2": 60,
+        "exp2_gexp_per_s": 9,
+        "extra_mib": 300 if provider == "eager" else 0,
+    }
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Path:
+    """A folder with a README and the rows of two runs."""
+    results = tmp_path / "results"
+    for vocab in (50257, 128256):
+        record.append(results / "kd-abacus-9.csv", [sample_row("eager", vocab, 600), sample_row("fastkd", vocab, 60)])
+    call = [{**sample_row("eager", 10, 0.1), "rows": 8}, {**sample_row("fastkd", 10, 0.04), "rows": 8}]
+    record.append(results / "call-abacus-9.csv", call)
+    (tmp_path / "README.md").write_text(f"# before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    return tmp_path
+
+
+def write_readme(house: Path, *more: str) -> int:
+    return readme.main(["--readme", str(house / "README.md"), "--results", str(house / "results"), *more])
+
+
+def test_readme_is_written_from_the_rows(house: Path) -> None:
+    assert write_readme(house, "--check") == 1
+    assert "old" in (house / "README.md").read_text()
+    assert write_readme(house) == 0
+    text = (house / "README.md").read_text()
+    assert text.startswith("# before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert "| `forward_kl` | 512 x 50,257 float32 | 600 ms | 60 ms (10.0x) | 80 % | 0 MiB (eager 300) |" in text
+    for said in ("Abacus 9, 2 threads", "abc1234", "`python bench/run.py kd`", "40.0 us, 0.40 of eager's 0.1 ms"):
+        assert said in text
+    assert "at the rate of `copy_` (20 GB/s)" in text
+    assert "at the rate of `exp2` in cache (9 G/s)" in text
+    assert (house / "results" / "kd.png").stat().st_size > 5000
+    assert write_readme(house, "--check") == 0
+
+
+def spread(row: record.Row, p20: float, p80: float) -> record.Row:
+    return row | {"wall_p20_ms": p20, "wall_p80_ms": p80}
+
+
+@pytest.mark.parametrize(("p80", "mark"), [(649, ""), (651, " †")])
+@pytest.mark.parametrize("wide", ["eager", "fastkd"])
+def test_readme_marks_times_that_spread_widely(house: Path, wide: str, p80: float, mark: str) -> None:
+    rows = [sample_row("eager", 7, 600), sample_row("fastkd", 7, 60)]
+    spreads = [spread(row, 500, p80) if row["provider"] == wide else spread(row, 60, 60) for row in rows]
+    record.append(house / "results" / "kd-zzz.csv", spreads)
+    write_readme(house)
+    text = (house / "README.md").read_text()
+    marks = {"eager": "", "fastkd": "", wide: mark}
+    assert f"x 7 float32 | 600 ms{marks['eager']} | 60 ms{marks['fastkd']} (10.0x) |" in text
+    assert ("†: the runs spread widely (their 80th percentile is over 1.3 times their 20th)" in text) == bool(mark)
+    assert text.count("†") == (2 if mark else 0)
+
+
+def test_readme_marks_one_call_that_spreads_widely(house: Path) -> None:
+    calls = [{**sample_row("eager", 10, 0.1, "2030-01-02"), "rows": 8}, sample_row("fastkd", 10, 0.04, "2030-01-02")]
+    record.append(
+        house / "results" / "call-zzz.csv", [spread(calls[0], 0.05, 0.2), spread({**calls[1], "rows": 8}, 1, 1)]
+    )
+    write_readme(house)
+    text = (house / "README.md").read_text()
+    assert "40.0 us, 0.40 of eager's 0.1 ms †. †: the runs spread" in text
+
+
+@pytest.mark.parametrize(("copy", "exp2", "said"), [(30, 70, "70 %"), (70, 30, "70 %"), (70, "", "-"), ("", 70, "-")])
+def test_readme_says_how_close_to_the_higher_floor(house: Path, copy: object, exp2: object, said: str) -> None:
+    rows = [
+        sample_row("eager", 7, 600),
+        sample_row("fastkd", 7, 60) | {"percent_of_copy": copy, "percent_of_exp2": exp2},
+    ]
+    record.append(house / "results" / "kd-abacus-9.csv", rows)
+    write_readme(house)
+    assert (
+        f"| 60 ms (10.0x) | {said} | 0 MiB" in (house / "README.md").read_text().split("x 7 float32")[1].split("\n")[0]
+    )
+
+
+def test_readme_of_rows_from_before_there_was_a_floor(house: Path) -> None:
+    path = house / "results" / "kd-abacus-9.csv"
+    rows = [{k: v for k, v in row.items() if "exp2" not in k} for row in record.read(path)]
+    path.unlink()
+    record.append(path, rows)
+    write_readme(house)
+    text = (house / "README.md").read_text()
+    assert text.count("| 60 ms (10.0x) | - | 0 MiB") == 2
+    assert "`exp2` in cache (not measured)" in text
+
+
+def test_readme_drifts_from_newer_rows(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_readme(house)
+    newer = [sample_row("eager", 50257, 600, "2030-01-02"), sample_row("fastkd", 50257, 50, "2030-01-02")]
+    record.append(house / "results" / "kd-abacus-9.csv", newer)
+    assert write_readme(house, "--check") == 1
+    assert "run `python bench/readme.py`" in capsys.readouterr().out
+    write_readme(house)
+    text = (house / "README.md").read_text()
+    assert "50 ms (12.0x)" in text
+    assert text.count("60 ms (10.0x)") == 1  # the other vocabulary's
+
+
+def test_readme_needs_its_markers(house: Path) -> None:
+    (house / "README.md").write_text("# no markers\n")
+    assert write_readme(house) == 1
+
+
+def test_readme_of_this_checkout() -> None:
+    if not list(record.RESULTS.glob("kd-*.csv")):
+        pytest.skip("no rows have been measured yet")
+    assert readme.main(["--check"]) == 0

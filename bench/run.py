@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,10 @@ from typing import Any, Protocol
 ROOT = Path(__file__).resolve().parents[1]
 # Last, so that an installed fastkd is the one that is timed; without one, this checkout is.
 sys.path += [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
+
+NEEDS = ("psutil", "rich", "tqdm")
+if absent := ", ".join(name for name in NEEDS if importlib.util.find_spec(name) is None):
+    raise SystemExit(f"bench/run.py needs {absent}: pip install 'fastkd[bench]' brings it")
 
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402

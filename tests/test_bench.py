@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -285,3 +286,11 @@ def test_a_commit_is_dirty_if_the_code_is(tmp_path: Path, monkeypatch: pytest.Mo
         (tmp_path / name).write_text("changed")
         assert record._commit() == clean + ("-dirty" if name.startswith(("fastkd", "csrc")) else "")
         git("checkout", "-q", "--", name)
+
+
+@pytest.mark.parametrize("absent", [("psutil",), ("rich", "tqdm")])
+def test_what_a_run_needs_is_named_with_its_extra(absent: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in absent:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SystemExit, match=rf"needs {', '.join(absent)}: pip install 'fastkd\[bench\]' brings it"):
+        runpy.run_path(str(ROOT / "bench" / "run.py"))

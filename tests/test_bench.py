@@ -15,6 +15,7 @@ from rich.console import Console
 import fastkd
 from bench import eager, exponentials, kd, measure, memory, record, run, screen
 from bench.measure import Case, Contender, Sample
+from fastkd import _dispatch
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["--device", "cpu", "--threads", "1", "--repeat", "2", "--commit", "abc1234"]
@@ -126,6 +127,7 @@ def test_who_cannot_run_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    _dispatch._choose.cache_clear()  # a choice is remembered, and this is about another environment
     words = ["kd", *TINY, *PROBLEM, "--mode", "forward", "--impl", "triton", "--out", str(tmp_path)]
     assert run.main([*words, "--providers", "eager", "liger", "fastkd"]) == 1
     said = " ".join(capsys.readouterr().out.split())

@@ -143,8 +143,9 @@ def _caption(machine: str, rows: Sequence[Row], calls: Sequence[Row]) -> str:
     text = (
         f"{machine}, {all_of('isa')}, torch {all_of('torch')}: forward and backward, median of interleaved runs; in "
         f"parentheses how many times as fast as eager. fastkd is commit {all_of('commit')} ({implementations}). "
-        "The floor is the longer of two times: that of the bytes of two passes over all logits and one gradient, at "
-        f"the rate of `copy_` ({_range(rows, 'copy_gb_per_s', 'GB/s')}), and that of the exponentials and logarithms "
+        "The floor of the column fastkd is the longer of two times: that of the bytes of two passes over all logits "
+        f"and one gradient, at the rate of `copy_` ({_range(rows, 'copy_gb_per_s', 'GB/s')}), and that of the "
+        "exponentials and logarithms "
         f"that these need, at the rate of `exp2` in cache ({_range(rows, 'exp2_gexp_per_s', 'G/s')}), both measured in "
         "the same runs. Extra memory is beside the inputs and the gradient; overwriting needs none for the gradient "
         f"either. Command: {commands}."

@@ -9,7 +9,7 @@
 namespace fastkd {
 namespace {
 
-constexpr int64_t kTile = 2048;
+constexpr int64_t kTile = 128 * W;  // a lane's float sum is rounded so often, whatever the width
 constexpr float kLowest = -3.402823466e38f;
 constexpr float kFloor = -1e30f;  // scaled logits end here, so that 0 * (x_t - x_s) stays 0
 

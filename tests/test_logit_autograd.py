@@ -116,7 +116,10 @@ def test_what_was_made_under_inference_mode(impl: str, problem: tuple[Tensor, Te
     teachers = [inferred[0], teacher * 2]
     loss = fastkd.kd_loss(student, teachers, inferred[1], row_weight=inferred[2], impl=impl)
     assert torch.equal(loss, want)
-    assert torch.equal(torch.autograd.grad(loss, student)[0], want_grad)
+    assert torch.equal(torch.autograd.grad(loss, student, retain_graph=True)[0], want_grad)
+    teachers[1].zero_()
+    with pytest.raises(RuntimeError, match="modified in place"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("changed", ["student", "teacher", "target", "row_weight", "temperature", "teacher_weight"])

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from .._rows import LogitRows
 
-MODIFIED = "fastkd: a target, or weights, alpha or temperatures, were modified in place before backward needed them"
+MODIFIED = (
+    "fastkd: a teacher, a target, or weights, alpha or temperatures, were modified in place before backward needed them"
+)
 NO_SECOND_DERIVATIVE = "fastkd: the logit losses have no second derivative"
 
 
@@ -56,9 +58,13 @@ class LogitLoss(torch.autograd.Function):
         del rows.student, rows.teachers
         pending.held = None
         for teacher in teachers:
-            if teacher.is_inference():  # autograd saves no such tensor; nobody can change it in place either
+            if teacher.is_inference():  # autograd saves no such tensor, which nobody can change outside that mode
                 pending.held = teachers
-        ctx.save_for_backward(student, *(teachers if pending.held is None else ()))
+        if pending.held is None:
+            ctx.save_for_backward(student, *teachers)
+        else:
+            ctx.save_for_backward(student)
+            pending.constants += [(x, x._version) for x in teachers if not x.is_inference()]
         ctx.set_materialize_grads(False)
         ctx.pending = pending
         return loss

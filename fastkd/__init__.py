@@ -1,8 +1,10 @@
 """Knowledge distillation losses in the fewest passes the hardware allows, and exact."""
 
 from ._dispatch import explain
+from ._workspace import set_workspace
+from .inputs import Head
 from .losses.logit import KDLoss, LossParts, cross_entropy, kd_loss
 
 __version__ = "0.1.0"
 
-__all__ = ["KDLoss", "LossParts", "cross_entropy", "explain", "kd_loss"]
+__all__ = ["Head", "KDLoss", "LossParts", "cross_entropy", "explain", "kd_loss", "set_workspace"]

@@ -46,7 +46,7 @@ def dimension(op: str, dim: int, ndim: int) -> int:
     return dim % ndim
 
 
-def same_device(op: str, argument: str, value: Tensor, student: Tensor) -> None:
+def same_device(op: str, argument: str, value: Any, student: Tensor) -> None:
     if value.device != student.device:
         bad_value(op, argument, f"be on the student's device, {student.device}", value.device)
 
@@ -65,6 +65,14 @@ def number(op: str, argument: str, value: Any, rule: str = "be a number") -> flo
         return float(value)
     except OverflowError:
         return math.inf  # for whoever called to refuse
+
+
+def count(op: str, argument: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        bad_type(op, argument, "be an integer", type(value).__name__)
+    if value < 1:
+        bad_value(op, argument, "be positive", value)
+    return value
 
 
 def fraction(op: str, argument: str, value: Any) -> float:
@@ -142,12 +150,11 @@ def divisor(rows: LogitRows) -> float | None:
     return got
 
 
-def row_data(rows: LogitRows) -> None:
-    """What only the data shows, for an implementation that does not look itself."""
+def row_data(rows: LogitRows, vocabulary: int) -> None:
+    """What only the data shows, where the implementation does not look itself, or sees some rows alone."""
     op = "kd_loss" if rows.teachers else "cross_entropy"
     divisor(rows)
     if rows.target is not None:
-        vocabulary = rows.student.shape[-1]
         outside = (rows.target != rows.ignore_index) & ((rows.target < 0) | (rows.target >= vocabulary))
         if bool(outside.any()):
             bad_id(op, vocabulary, rows.ignore_index, int(rows.target[outside][0]))

@@ -16,9 +16,11 @@ logarithms of sums: added, they would lose the digits of distant logits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 WEIGHT = 0  # row_weight, or 0 for a row that is dropped (target == ignore_index)
@@ -66,6 +68,33 @@ class LogitRows:
     agreement: bool  # fill the two columns of agreement
     overwrite: bool  # backward writes the gradient over the student
     notes: Any = field(default=None, init=False)  # an implementation's own, from its forward to its backward
+
+
+def of_rows(
+    rows: LogitRows, take: Callable[[Tensor], Tensor], student: Tensor, teachers: tuple[Tensor, ...]
+) -> LogitRows:
+    """The problem of some rows: ``take`` picks their numbers, the logits are given."""
+
+    def pick(value: Any) -> Any:
+        return take(value) if isinstance(value, Tensor) else value
+
+    return replace(
+        rows,
+        student=student,
+        teachers=teachers,
+        target=pick(rows.target),
+        row_weight=pick(rows.row_weight),
+        alpha=pick(rows.alpha),
+        temperature=pick(rows.temperature),
+        teacher_temperature=tuple(pick(value) for value in rows.teacher_temperature),
+        teacher_weight=pick(rows.teacher_weight),
+    )
+
+
+def weights(rows: LogitRows, count: int, like: Tensor) -> Tensor:
+    """(N,) float64: what each row counts."""
+    weight = like.new_ones(count, dtype=torch.float64) if rows.row_weight is None else rows.row_weight.double()
+    return weight if rows.target is None else torch.where(rows.target == rows.ignore_index, 0.0, weight)
 
 
 DIVERGENCES = (

@@ -16,7 +16,7 @@ from fastkd.losses.logit import KDOptions
 S, T, Y = torch.zeros(8, 100), torch.zeros(8, 100), torch.zeros(8, dtype=torch.long)
 
 REFUSED: dict[str, tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = {
-    "student_type": (TypeError, "kd_loss: student must be a tensor of logits, got list", ([1.0], T), {}),
+    "student_type": (TypeError, "kd_loss: student must be a tensor of logits or a Head, got list", ([1.0], T), {}),
     "student_dtype": (
         TypeError,
         "kd_loss: student must be float16, bfloat16, float32 or float64, got torch.int64",
@@ -38,13 +38,13 @@ REFUSED: dict[str, tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]]
     ),
     "teacher_type": (
         TypeError,
-        "kd_loss: teacher must be a tensor of logits, or a sequence of them, got str",
+        "kd_loss: teacher must be a tensor of logits or a Head, or a sequence of them, got str",
         (S, "teacher"),
         {},
     ),
     "teacher_in_sequence": (
         TypeError,
-        "kd_loss: teacher must be a tensor of logits, or a sequence of them, got NoneType",
+        "kd_loss: teacher must be a tensor of logits or a Head, or a sequence of them, got NoneType",
         (S, [T, None]),
         {},
     ),

@@ -11,32 +11,47 @@ from torch import Tensor
 
 from .. import _checks
 from .._rows import LogitRows
+from ..inputs import Head
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 BETA = {"jsd": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}  # the divergences that take beta, and their defaults
 UNSKEWED = {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}  # what they are at beta = 0
 PLAIN = (torch.Tensor, torch.nn.Parameter)
-ONE_LOGITS = "a tensor of logits"
+ONE_LOGITS = "a tensor of logits or a Head"
 SEVERAL_LOGITS = f"{ONE_LOGITS}, or a sequence of them"
+
+Given = Tensor | Head  # what has logits, or will have
+
+
+def tensors_of(given: Given) -> tuple[Tensor, ...]:
+    return given.tensors() if isinstance(given, Head) else (given,)
 
 
 class Logits:
     """The logits of one call, checked, and the layout that every per-row argument has to fit."""
 
-    __slots__ = ("constants", "count", "dim", "dtype", "op", "shape", "shared", "student", "teachers")
+    __slots__ = (
+        *("anchor", "computed", "constants", "count", "dim", "dtype", "op"),
+        *("shape", "shared", "student", "teachers", "vocabulary"),
+    )
 
-    def __init__(self, op: str, student: Tensor, teacher: Any, dim: int, shared_vocab: int | None) -> None:
-        _checks.logits(op, "student", student, ONE_LOGITS)
+    def __init__(self, op: str, student: Given, teacher: Any, dim: int, shared_vocab: int | None) -> None:
+        self.computed = isinstance(student, Head)  # whether some logits are still to be computed
+        self.anchor: Tensor = student.input if isinstance(student, Head) else student  # where the student is
+        if not isinstance(student, Head):
+            _checks.logits(op, "student", student, ONE_LOGITS)
         self.op, self.student = op, student
         self.constants: list[Tensor] = []
-        self.dim = _checks.dimension(op, dim, student.ndim)
         shape = student.shape
-        last = self.dim == student.ndim - 1
+        self.dim = _checks.dimension(op, dim, len(shape))
+        last = self.dim == len(shape) - 1
         self.shape = shape[:-1] if last else shape[: self.dim] + shape[self.dim + 1 :]
         self.count = math.prod(self.shape)
-        self.teachers: tuple[Tensor, ...] = (teacher,) if isinstance(teacher, Tensor) else self._sequence(teacher)
+        self.teachers: tuple[Given, ...] = (
+            (teacher,) if isinstance(teacher, (Tensor, Head)) else self._sequence(teacher)
+        )
         self.dtype = torch.float64 if student.dtype is torch.float64 else torch.float32
-        vocabulary = shape[self.dim]
+        self.vocabulary = vocabulary = shape[self.dim]
         if vocabulary == 0:
             _checks.bad_value(op, "student", "have at least one class", f"shape {tuple(shape)}")
         self.shared = vocabulary
@@ -45,20 +60,25 @@ class Logits:
         if shared_vocab is not None:
             self._share(shared_vocab)
 
-    def _sequence(self, teacher: Any) -> tuple[Tensor, ...]:
+    def _sequence(self, teacher: Any) -> tuple[Given, ...]:
         if not isinstance(teacher, (list, tuple)):
             _checks.bad_type(self.op, "teacher", f"be {SEVERAL_LOGITS}", type(teacher).__name__)
         if not teacher and self.op == "kd_loss":
             _checks.bad_value(self.op, "teacher", "hold at least one tensor", "an empty sequence")
         return tuple(teacher)
 
-    def _check_teacher(self, teacher: Tensor, shared_vocab: int | None) -> None:
+    def _check_teacher(self, teacher: Given, shared_vocab: int | None) -> None:
         op, student, dim = self.op, self.student, self.dim
-        _checks.logits(op, "teacher", teacher, SEVERAL_LOGITS)
-        _checks.same_device(op, "teacher", teacher, student)
+        if isinstance(teacher, Head):
+            self.computed = True
+        else:
+            _checks.logits(op, "teacher", teacher, SEVERAL_LOGITS)
+        if self.computed and dim != len(student.shape) - 1:
+            _checks.bad_value(op, "dim", "be the last one with a Head", dim)
+        _checks.same_device(op, "teacher", teacher, self.anchor)
         if teacher.shape != student.shape:
             expected = list(student.shape)
-            if teacher.ndim == student.ndim:
+            if len(teacher.shape) == len(student.shape):
                 expected[dim] = teacher.shape[dim]
             if list(teacher.shape) != expected:
                 _checks.bad_value(
@@ -87,7 +107,7 @@ class Logits:
         return check(self.op, argument, value)
 
     def by_row(self, argument: str, value: Any) -> Tensor:
-        rows = _checks.row_tensor(self.op, argument, value, self.student, self.shape, self.count, self.dtype)
+        rows = _checks.row_tensor(self.op, argument, value, self.anchor, self.shape, self.count, self.dtype)
         return self.constant(rows)
 
     def constant(self, tensor: Tensor) -> Tensor:
@@ -111,7 +131,7 @@ class Logits:
             return (1.0 / teachers,) * teachers if teachers else ()
         if isinstance(value, Tensor):
             _checks.constant(self.op, "teacher_weight", value)
-            _checks.same_device(self.op, "teacher_weight", value, self.student)
+            _checks.same_device(self.op, "teacher_weight", value, self.anchor)
             if value.shape != (teachers,) and value.shape != (*self.shape, teachers):
                 rule = f"have shape {(teachers,)} or {(*self.shape, teachers)}"
                 _checks.bad_value(self.op, "teacher_weight", rule, tuple(value.shape))
@@ -130,7 +150,7 @@ class Logits:
             if not isinstance(normalizer, Tensor):
                 return self._count(_checks.not_negative(self.op, "normalizer", normalizer))
             _checks.constant(self.op, "normalizer", normalizer)
-            _checks.same_device(self.op, "normalizer", normalizer, self.student)
+            _checks.same_device(self.op, "normalizer", normalizer, self.anchor)
             if normalizer.ndim:
                 _checks.bad_value(
                     self.op, "normalizer", "be a number or a 0-dim tensor", f"shape {tuple(normalizer.shape)}"
@@ -144,7 +164,7 @@ class Logits:
 
     def _count(self, number: float) -> float | Tensor:
         """A number that follows the batch; as a number in a graph it would ask for a graph of its own each time."""
-        return self.student.new_full((), number, dtype=self.dtype) if torch.compiler.is_compiling() else number
+        return self.anchor.new_full((), number, dtype=self.dtype) if torch.compiler.is_compiling() else number
 
     def lie_in_memory(self) -> bool:
         """Whether all values can be read where the tensors point.
@@ -152,12 +172,18 @@ class Logits:
         Not those of a fake, distributed or wrapping tensor, those under a mode that looks at operators, and those with
         a lazy minus sign.
         """
-        for tensor in (self.student, *self.teachers, *self.constants):
+        for tensor in (*self.tensors(), *self.constants):
             if type(tensor) not in PLAIN or tensor.is_neg():
                 return False
         return torch._C._len_torch_dispatch_stack() == 0
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those that the logits are, or are computed from."""
+        return tuple(x for one in (self.student, *self.teachers) for x in tensors_of(one))
+
     def may_overwrite(self) -> bool:
+        if isinstance(self.student, Head):
+            return False  # its logits never were the caller's
         student, base = self.student, self.student._base
         if torch.compiler.is_compiling() or not (student.requires_grad and torch.is_grad_enabled()):
             return False
@@ -167,7 +193,7 @@ class Logits:
         if not (student if self.dim == student.ndim - 1 else student.movedim(self.dim, -1)).is_contiguous():
             _checks.bad_value(self.op, "overwrite_student", "be False unless the student is contiguous", True)
         storage = student.untyped_storage().data_ptr()
-        others = (*self.teachers, *self.constants)
+        others = (*self.tensors()[1:], *self.constants)
         if storage and any(tensor.untyped_storage().data_ptr() == storage for tensor in others):
             rule = "be False where another argument shares the student's memory"
             _checks.bad_value(self.op, "overwrite_student", rule, True)
@@ -193,9 +219,9 @@ class Logits:
         if not -(2**63) <= ignore_index < 2**63:
             _checks.bad_value(op, "ignore_index", "fit in 64 bits", ignore_index)
         return LogitRows(
-            student=self.student,  # in its own layout still: LogitLoss saves that one
-            teachers=self.teachers,
-            target=None if target is None else self.constant(_checks.target(op, target, self.student, self.shape)),
+            student=self.student,  # type: ignore[arg-type]  # in its own layout still: LogitLoss saves that one
+            teachers=self.teachers,  # type: ignore[arg-type]
+            target=None if target is None else self.constant(_checks.target(op, target, self.anchor, self.shape)),
             row_weight=None if row_weight is None else self.by_row("row_weight", row_weight),
             divisor=self.divisor(reduction, normalizer),
             label_smoothing=_checks.fraction(op, "label_smoothing", label_smoothing),

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import _checks, _dispatch, _rows
 from .._rows import DIVERGENCES, LogitRows
-from . import _logit_operators
+from ..inputs import Head
+from . import _chunked_autograd, _logit_operators
 from ._logit_arguments import Logits, divergence_and_beta
 from ._logit_autograd import LogitLoss, Pending, lay
 
@@ -57,8 +58,8 @@ class KDOptions(TypedDict, total=False):
 
 @overload
 def kd_loss(
-    student: Tensor,
-    teacher: Tensor | Sequence[Tensor],
+    student: Tensor | Head,
+    teacher: Tensor | Head | Sequence[Tensor | Head],
     target: Tensor | None = None,
     *,
     return_parts: Literal[False] = False,
@@ -66,16 +67,16 @@ def kd_loss(
 ) -> Tensor: ...
 @overload
 def kd_loss(
-    student: Tensor,
-    teacher: Tensor | Sequence[Tensor],
+    student: Tensor | Head,
+    teacher: Tensor | Head | Sequence[Tensor | Head],
     target: Tensor | None = None,
     *,
     return_parts: Literal[True],
     **options: Unpack[KDOptions],
 ) -> tuple[Tensor, LossParts]: ...
 def kd_loss(
-    student: Tensor,
-    teacher: Tensor | Sequence[Tensor],
+    student: Tensor | Head,
+    teacher: Tensor | Head | Sequence[Tensor | Head],
     target: Tensor | None = None,
     *,
     divergence: str = "forward_kl",
@@ -201,7 +202,7 @@ def kd_loss(
 
 
 def cross_entropy(
-    student: Tensor,
+    student: Tensor | Head,
     target: Tensor,
     *,
     label_smoothing: float = 0.0,
@@ -264,7 +265,11 @@ class KDLoss(torch.nn.Module):
         self.options = options
 
     def forward(
-        self, student: Tensor, teacher: Tensor | Sequence[Tensor], target: Tensor | None = None, **options: Any
+        self,
+        student: Tensor | Head,
+        teacher: Tensor | Head | Sequence[Tensor | Head],
+        target: Tensor | None = None,
+        **options: Any,
     ) -> Any:
         return kd_loss(student, teacher, target, **{**self.options, **options})
 
@@ -273,8 +278,11 @@ class KDLoss(torch.nn.Module):
 
 
 def _compute(logits: Logits, rows: LogitRows, impl: str | None) -> tuple[Tensor, Tensor]:
-    op, student, teachers = logits.op, logits.student, logits.teachers
-    if torch.compiler.is_compiling() or not logits.lie_in_memory():
+    op = logits.op
+    student, *teachers = logits.tensors()
+    if logits.computed:
+        loss, state = _chunked_autograd.apply(logits, rows, impl)
+    elif torch.compiler.is_compiling() or not logits.lie_in_memory():
         lay(rows, student, teachers, logits.dim)
         loss, state = _logit_operators.apply(rows, op, impl)
     else:
@@ -282,7 +290,7 @@ def _compute(logits: Logits, rows: LogitRows, impl: str | None) -> tuple[Tensor,
         pending.rows, pending.dim = rows, logits.dim
         pending.constants = [(x, x._version) for x in logits.constants if not x.is_inference()]
         pending.implementation = _dispatch.pick(op, impl, student, teachers)
-        loss = LogitLoss.apply(student, teachers, pending)
+        loss = LogitLoss.apply(student, tuple(teachers), pending)
         state = pending.state
     return loss if rows.reduce or len(logits.shape) == 1 else loss.view(logits.shape), state
 

@@ -103,7 +103,7 @@ DIVERGENCES: dict[str, Divergence] = {
 
 def forward(rows: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
     if rows.student.is_cpu:
-        _checks.row_data(rows)
+        _checks.row_data(rows, rows.student.shape[1])
     dtype = _dtype(rows)
     n, teachers = rows.student.shape[0], len(rows.teachers)
     state = rows.student.new_zeros((n, _rows.state_width(teachers)), dtype=dtype)

@@ -1,0 +1,136 @@
+"""A model's logits that were not computed yet: hidden states and the matrix that turns them into logits."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+
+PRECISIONS = ("float32",)
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """Logits not computed yet. Same as::
+
+        scale * (input @ weight.T + bias)                               # without softcap
+        softcap * tanh(scale * (input @ weight.T + bias) / softcap)     # with it
+
+    but a loss computes them a few rows at a time, and no tensor of tokens x vocabulary ever exists. As a student, each
+    of ``input``, ``weight`` and ``bias`` that requires a gradient gets one, and one that does not costs nothing: a
+    frozen ``weight`` saves a matmul. As a teacher it is a constant.
+
+    The logits are float32, or float64 where an operand is. Those of 16-bit operands are not rounded: on a GPU the
+    matmul accumulates and returns float32; on a CPU the operands are widened slab by slab, since its 16-bit matmul
+    would round. Under ``torch.autocast`` a GPU multiplies in autocast's dtype; a CPU ignores it.
+
+    Args:
+        input: Hidden states ``(..., H)``, of any float dtype.
+        weight: ``(V, H)``, as ``torch.nn.Linear`` and ``torch.nn.Embedding`` have it.
+        bias: ``(V,)``. -inf masks an id.
+        scale: A factor of the logits: Cohere's ``logit_scale``, one over Granite's ``logits_scaling``.
+        softcap: Squashes the logits into (-softcap, softcap): Gemma's ``final_logit_softcapping``.
+        grad_precision: What the gradient of the logits is rounded to before its two matmuls. None: on a GPU to the
+            operands' dtype, once; on a CPU not at all. ``"float32"``: nowhere.
+        compact: Leave rows that ``ignore_index`` drops out of the matmuls. None: on a CPU yes; on a GPU no, since the
+            host would have to wait for their number; True accepts that wait.
+        workspace: Bytes for the logits of some rows, for this call; by default what :func:`fastkd.set_workspace` says.
+
+    Raises:
+        TypeError: a wrong type or dtype; a distributed (DTensor) weight, which has to be gathered first.
+        ValueError: shapes that do not fit, different devices, a scale or softcap that is not a usable number.
+
+    Example:
+        >>> head = Head(torch.ones(2, 3), torch.ones(5, 3), scale=0.5)
+        >>> head.shape
+        torch.Size([2, 5])
+        >>> head.logits()[0, 0]
+        tensor(1.5000)
+    """
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    _: KW_ONLY
+    scale: float = 1.0
+    softcap: float | None = None
+    grad_precision: str | None = None
+    compact: bool | None = None
+    workspace: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("input", self.input), ("weight", self.weight), ("bias", self.bias)):
+            if value is not None or name != "bias":
+                _check_tensor(name, value)
+        _check_shapes(self)
+        if _checks.finite("Head", "scale", self.scale) == 0:
+            _checks.bad_value("Head", "scale", "not be 0", self.scale)
+        if self.softcap is not None:
+            _checks.positive("Head", "softcap", self.softcap)
+        if self.grad_precision is not None:
+            _checks.choice("Head", "grad_precision", self.grad_precision, PRECISIONS)
+        if self.workspace is not None:
+            _checks.count("Head", "workspace", self.workspace)
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the logits, ``(..., V)``."""
+        return torch.Size((*self.input.shape[:-1], self.weight.shape[0]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the logits."""
+        wide = any(x is not None and x.dtype is torch.float64 for x in (self.input, self.weight, self.bias))
+        return torch.float64 if wide else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return self.input.device
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.input, self.weight) if self.bias is None else (self.input, self.weight, self.bias)
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.kw_only}
+
+    def logits(self) -> Tensor:
+        """The definition, all rows at once, differentiable: what the losses are tested against."""
+        wide = self.dtype
+        bias = None if self.bias is None else self.bias.to(wide)
+        logits = self.scale * torch.nn.functional.linear(self.input.to(wide), self.weight.to(wide), bias)
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        _checks.bad_type("Head", name, "be a tensor", type(value).__name__)
+    if value.dtype not in _checks.FLOATS:
+        _checks.bad_type("Head", name, "be float16, bfloat16, float32 or float64", value.dtype)
+    if value.layout is not torch.strided:
+        _checks.bad_type("Head", name, "be a dense (strided) tensor", value.layout)
+    if hasattr(value, "full_tensor"):
+        rule = "be a whole tensor: gather a distributed one first, with .full_tensor() or FSDP's summon_full_params"
+        _checks.bad_type("Head", name, rule, type(value).__name__)
+
+
+def _check_shapes(head: Head) -> None:
+    hidden, matrix = head.input.shape, head.weight.shape
+    if not hidden:
+        _checks.bad_value("Head", "input", "have a last dimension, the hidden size", "a 0-dim tensor")
+    if len(matrix) != 2 or matrix[0] == 0:
+        rule = "have shape (vocabulary, hidden size)"
+        if head.weight.numel() == 0:
+            rule += " and elements (an FSDP or ZeRO-3 shard has to be gathered first)"
+        _checks.bad_value("Head", "weight", rule, tuple(matrix))
+    if hidden[-1] != matrix[1]:
+        _checks.bad_value("Head", "input", f"have the weight's hidden size, {matrix[1]}, last", tuple(hidden))
+    if head.bias is not None and head.bias.shape != matrix[:1]:
+        _checks.bad_value("Head", "bias", f"have shape {tuple(matrix[:1])}", tuple(head.bias.shape))
+    for name, value in (("weight", head.weight), ("bias", head.bias)):
+        if value is not None and value.device != head.input.device:
+            _checks.bad_value("Head", name, f"be on the input's device, {head.input.device}", value.device)

@@ -1,0 +1,183 @@
+"""Where the logits of some rows come from: a tensor that holds them, or a head that computes them when asked.
+
+A source hands out the logits of the rows it is asked for, ``(rows, V)``. The student's also takes the gradient of these
+logits, and adds up what that makes of its tensors' gradients. Rows are a slice, or a tensor of their numbers. Matmuls
+are torch's; they run with autocast off, in the dtypes that stand here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..inputs import Head
+from ._logit_autograd import flatten
+
+Rows = slice | Tensor
+SLAB = 16 * 2**20  # bytes of a weight that is widened at a time
+
+
+def take(tensor: Tensor, rows: Rows) -> Tensor:
+    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+
+
+def put(target: Tensor, rows: Rows, values: Tensor) -> None:
+    if isinstance(rows, slice):
+        target[rows] = values
+    else:
+        target.index_copy_(0, rows, values.to(target.dtype))
+
+
+class Stored:
+    """Logits that exist."""
+
+    bytes_per_row = 0  # of workspace
+
+    def __init__(self, logits: Tensor, dim: int) -> None:
+        self.rows = flatten(logits.detach(), dim)
+        self.vocabulary = self.rows.shape[1]
+
+    def prepare(self, chunk: int) -> None:
+        pass
+
+    def logits(self, rows: Rows) -> Tensor:
+        return take(self.rows, rows)
+
+
+class Computed:
+    """A head. Its logits are written into one buffer again and again."""
+
+    def __init__(self, head: Head) -> None:
+        self.head, self.dtype = head, head.dtype
+        self.input = head.input.detach().reshape(-1, head.input.shape[-1])
+        self.weight = head.weight.detach()
+        self.bias = None if head.bias is None else head.bias.detach()
+        self.vocabulary = len(self.weight)
+        self.narrow = _operand_dtype(head)
+        self.bytes_per_row = self.vocabulary * self.dtype.itemsize
+
+    def prepare(self, chunk: int) -> None:
+        """Allocates for so many rows at a time."""
+        self.buffer = self.input.new_empty((chunk, self.vocabulary), dtype=self.dtype)
+        if self.narrow is not None:
+            self.weight = self.weight.to(self.narrow)  # itself, unless autocast asks for another dtype
+
+    def operand(self, rows: Rows) -> Tensor:
+        return take(self.input, rows).to(self.narrow or self.dtype)
+
+    def logits(self, rows: Rows) -> Tensor:
+        head, hidden = self.head, self.operand(rows)
+        out = self.buffer[: len(hidden)]
+        if self.narrow is not None:
+            torch.mm(hidden, self.weight.t(), out_dtype=self.dtype, out=out)
+            if self.bias is not None:
+                out.add_(self.bias)
+            if head.scale != 1:
+                out.mul_(head.scale)
+        else:
+            for ids, slab in self.slabs():
+                part = out[:, ids]
+                if self.bias is None:
+                    torch.addmm(part, hidden, slab.t(), beta=0, alpha=head.scale, out=part)
+                else:
+                    bias = self.bias[ids].to(self.dtype)
+                    torch.addmm(bias, hidden, slab.t(), beta=head.scale, alpha=head.scale, out=part)
+        if head.softcap is not None:
+            out.div_(head.softcap).tanh_().mul_(head.softcap)
+        return out
+
+    def slabs(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in the logits' dtype, in parts where that is not its own."""
+        step = self.vocabulary
+        if self.weight.dtype is not self.dtype:
+            step = max(1, SLAB // (self.weight.shape[1] * self.dtype.itemsize or 1))
+        for begin in range(0, self.vocabulary, step):
+            ids = slice(begin, min(begin + step, self.vocabulary))
+            yield ids, self.weight[ids].to(self.dtype)
+
+
+class StoredStudent(Stored):
+    """The student's logits, and their gradient."""
+
+    overwrite = False
+
+    def __init__(self, logits: Tensor, dim: int, wanted: Sequence[bool]) -> None:
+        super().__init__(logits, dim)
+        self.gradients: list[Tensor | None] = [torch.zeros_like(self.rows) if wanted[0] else None]
+
+    def add(self, rows: Rows, logits: Tensor, gradient: Tensor) -> None:
+        (total,) = self.gradients
+        assert total is not None
+        put(total, rows, gradient)
+
+    def finish(self) -> list[Tensor | None]:
+        return self.gradients
+
+
+class ComputedStudent(Computed):
+    """The student's head, and the gradients of its tensors: float32 or wider until the last chunk."""
+
+    def __init__(self, head: Head, wanted: Sequence[bool]) -> None:
+        super().__init__(head)
+        self.overwrite = head.softcap is None  # its slope needs the logits
+        if any(wanted):
+            logits = self.bytes_per_row
+            self.bytes_per_row += 0 if self.overwrite else logits
+            self.bytes_per_row += 0 if self.narrow is None else self.vocabulary * self.narrow.itemsize
+        self.fresh = True  # nothing was added yet
+        self.counts: Tensor | None = None  # (N, 1): which rows count, where the others are computed too
+        self.gradients: list[Tensor | None] = [
+            torch.zeros(x.shape, dtype=self.dtype, device=x.device) if want else None
+            for x, want in zip((self.input, *head.tensors()[1:]), wanted, strict=True)
+        ]
+
+    def add(self, rows: Rows, logits: Tensor, gradient: Tensor) -> None:
+        """``gradient`` is that of the logits of these rows, and is used up."""
+        head = self.head
+        if head.softcap is not None:  # d tanh = 1 - tanh^2
+            gradient.addcmul_(gradient, logits.square_(), value=-1 / head.softcap**2)
+        of_input, of_weight, *of_bias = self.gradients
+        if of_bias and of_bias[0] is not None:
+            of_bias[0].add_(gradient.sum(0), alpha=head.scale)
+        if self.narrow is not None:
+            gradient = gradient.to(self.narrow)
+        if of_input is not None:
+            put(of_input, rows, self._times_weight(gradient))
+        if of_weight is not None:
+            hidden = self.operand(rows)
+            if self.counts is not None:  # a dropped row may hold NaN, and NaN * 0 is not 0
+                hidden = torch.where(take(self.counts, rows), hidden, 0)
+            self._add_outer(of_weight, gradient, hidden)
+        self.fresh = False
+
+    def finish(self) -> list[Tensor | None]:
+        return self.gradients
+
+    def _times_weight(self, gradient: Tensor) -> Tensor:
+        scale = self.head.scale
+        if self.narrow is not None:
+            result = torch.mm(gradient, self.weight, out_dtype=self.dtype)
+            return result if scale == 1 else result.mul_(scale)
+        result = gradient.new_empty((len(gradient), self.weight.shape[1]))
+        for ids, slab in self.slabs():
+            torch.addmm(result, gradient[:, ids], slab, beta=0 if ids.start == 0 else 1, alpha=scale, out=result)
+        return result
+
+    def _add_outer(self, total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+        beta, scale = 0 if self.fresh else 1, self.head.scale
+        if self.narrow is not None:
+            torch.addmm(total, gradient.t(), hidden, out_dtype=self.dtype, beta=beta, alpha=scale, out=total)
+        else:
+            torch.addmm(total, gradient.t(), hidden, beta=beta, alpha=scale, out=total)
+
+
+def _operand_dtype(head: Head) -> torch.dtype | None:
+    """The 16-bit dtype whose matmul can return unrounded float32 here, if the operands have or get it."""
+    if not head.input.is_cuda or head.grad_precision == "float32":
+        return None
+    if torch.is_autocast_enabled("cuda") and head.dtype is torch.float32:
+        return torch.get_autocast_dtype("cuda")
+    dtype = torch.promote_types(head.input.dtype, head.weight.dtype)
+    return dtype if dtype in (torch.float16, torch.bfloat16) else None

@@ -4,6 +4,7 @@
 // A slope q_j (h_j - omega) with omega = sum q h / sum q is what a subtraction leaves: it vanishes where one id has all of
 // q, or where h is the same for all ids that have some. In floats too, if h is rounded to the same bits in the pass that
 // sums and in the pass that subtracts, and if omega is divided by the sum of the very q that it was summed with.
+#pragma once
 #include "vec.h"
 
 namespace fastkd {

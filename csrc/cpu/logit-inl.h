@@ -1,88 +1,10 @@
 // The row pieces of the logit losses, once, over the vectors of vec.h. Included by one unit for each instruction set.
-//
-// A row is walked in tiles that stay in the first-level cache. A tile of float32 is read where it lies; other storage is
-// widened into scratch first, so that the arithmetic exists once. Vectors sum within a tile, doubles over the tiles.
+#pragma once
 #include "divergences-inl.h"
-#include "logit.h"
-#include "vec.h"
+#include "tiles-inl.h"
 
 namespace fastkd {
 namespace {
-
-constexpr int64_t kTile = 128 * W;  // a lane's float sum is rounded so often, whatever the width
-constexpr float kLowest = -3.402823466e38f;
-constexpr float kFloor = -1e30f;  // scaled logits end here, so that 0 * (x_t - x_s) stays 0
-
-struct alignas(64) Tile {
-    float data[kTile];
-};
-
-FASTKD_INLINE int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
-
-template <vf (*widen)(vh)>
-FASTKD_INLINE void widen_into(const uint16_t* source, int64_t n, float* out) {
-    int64_t i = 0;
-    for (; i + W <= n; i += W) {
-        vh x;
-        __builtin_memcpy(&x, source + i, sizeof x);
-        store(out + i, widen(x));
-    }
-    if (i < n) {
-        vh x{};
-        __builtin_memcpy(&x, source + i, (n - i) * sizeof(uint16_t));
-        const vf wide = widen(x);
-        for (int64_t j = 0; i + j < n; ++j) out[i + j] = wide[j];
-    }
-}
-
-// n logits from `begin` on, as floats, padded to whole vectors with -inf (probability 0).
-FASTKD_INLINE const float* fetch(const Row& row, int64_t begin, int64_t n, Tile& scratch) {
-    if (row.dtype == Dtype::float32) {
-        const float* source = static_cast<const float*>(row.data) + begin;
-        if (n % W == 0) return source;
-        __builtin_memcpy(scratch.data, source, n * sizeof(float));
-    } else {
-        const uint16_t* source = static_cast<const uint16_t*>(row.data) + begin;
-        if (row.dtype == Dtype::bfloat16) {
-            widen_into<widen_bfloat16>(source, n, scratch.data);
-        } else {
-            widen_into<widen_float16>(source, n, scratch.data);
-        }
-    }
-    for (int64_t i = n; i < padded(n); ++i) scratch.data[i] = -kInfinity;
-    return scratch.data;
-}
-
-// NaN may be lost here: it comes back through the sums.
-FASTKD_INLINE void extremes(const float* x, int64_t n, float& highest, float& lowest) {
-    vf high = splat(-kInfinity), low = splat(kInfinity);
-    int64_t i = 0;
-    for (; i + W <= n; i += W) {
-        const vf v = load(x + i);
-        high = at_least(v, high);
-        low = at_most(v, low);
-    }
-    highest = -kInfinity, lowest = kInfinity;
-    for (int j = 0; j < W; ++j) {
-        highest = high[j] > highest ? high[j] : highest;
-        lowest = low[j] < lowest ? low[j] : lowest;
-    }
-    for (; i < n; ++i) {
-        highest = x[i] > highest ? x[i] : highest;
-        lowest = x[i] < lowest ? x[i] : lowest;
-    }
-}
-
-// The sum, taken from a logit near all the others: far from zero their digits would be lost.
-FASTKD_INLINE double total(const float* x, int64_t n, float highest) {
-    const float pivot = highest - highest == 0 ? highest : 0;
-    vf sums = splat(0.0f);
-    int64_t i = 0;
-    for (; i + W <= n; i += W) sums += load(x + i) - pivot;
-    double result = sum(sums);
-    for (; i < n; ++i) result += x[i] - pivot;
-    return result + (double)pivot * (double)n;
-}
 
 FASTKD_INLINE vf scaled(vf logits, float max, float scale) { return at_least((logits - max) * scale, splat(kFloor)); }
 
@@ -193,30 +115,27 @@ FASTKD_INLINE void add_teacher(const LogitRow& row, int32_t k, int64_t begin, in
     sums.count += count;
 }
 
-void statistics(const LogitRow& row, StudentSums& student, TeacherSums* teachers) {
-    Tile scratch;
-    const int64_t shared = row.soft ? row.shared : 0;
-    for (int64_t begin = 0; begin < shared; begin += kTile) {
-        const int64_t n = shared - begin < kTile ? shared - begin : kTile;
-        const float* s = fetch(row.student, begin, n, scratch);
-        float highest, lowest;
-        extremes(s, n, highest, lowest);
-        student.masked |= lowest == -kInfinity;
-        const float before = student.max;
-        const double moved = raise(student.max, highest, row.scale);
-        if (moved != 0) {
-            student.sum *= __builtin_exp2(moved);
-            student.hard_sum *= __builtin_exp2(shift(before, student.max, kLog2e));
-        }
-        double soft_sum = 0, hard_sum = 0;
-        student_tile(row.hard, s, padded(n), student.max, row.scale, soft_sum, hard_sum);
-        if (row.total) student.total += total(s, n, highest);
-        for (int32_t k = 0; k < row.teacher_count; ++k) {
-            if (row.teacher_scale[k] != kSkipped) add_teacher(row, k, begin, n, s, student, moved, teachers[k]);
-        }
-        student.sum += soft_sum;
-        student.hard_sum += hard_sum;
+// The sums of one more tile of the shared ids; returns by how much the scaled logits moved, and the tile's largest.
+FASTKD_INLINE double add_student(const LogitRow& row, const float* s, int64_t n, StudentSums& student, float& highest) {
+    float lowest;
+    extremes(s, n, highest, lowest);
+    student.masked |= lowest == -kInfinity;
+    const float before = student.max;
+    const double moved = raise(student.max, highest, row.scale);
+    if (moved != 0) {
+        student.sum *= __builtin_exp2(moved);
+        student.hard_sum *= __builtin_exp2(shift(before, student.max, kLog2e));
     }
+    double soft_sum = 0, hard_sum = 0;
+    student_tile(row.hard, s, padded(n), student.max, row.scale, soft_sum, hard_sum);
+    student.sum += soft_sum;
+    student.hard_sum += hard_sum;
+    return moved;
+}
+
+// The hard sums, after those of the ids below `shared`, of the others.
+FASTKD_INLINE void add_beyond(const LogitRow& row, int64_t shared, StudentSums& student) {
+    Tile scratch;
     student.hard_max = student.max;
     if (row.hard == Hard::none) return;
     for (int64_t begin = shared; begin < row.vocabulary; begin += kTile) {
@@ -230,6 +149,22 @@ void statistics(const LogitRow& row, StudentSums& student, TeacherSums* teachers
         student.hard_sum = student.hard_sum * (moved == 0 ? 1 : __builtin_exp2(moved)) + hard_sum;
         if (row.total) student.total += total(s, n, highest);
     }
+}
+
+void statistics(const LogitRow& row, StudentSums& student, TeacherSums* teachers) {
+    Tile scratch;
+    const int64_t shared = row.soft ? row.shared : 0;
+    for (int64_t begin = 0; begin < shared; begin += kTile) {
+        const int64_t n = shared - begin < kTile ? shared - begin : kTile;
+        const float* s = fetch(row.student, begin, n, scratch);
+        float highest;
+        const double moved = add_student(row, s, n, student, highest);
+        if (row.total) student.total += total(s, n, highest);
+        for (int32_t k = 0; k < row.teacher_count; ++k) {
+            if (row.teacher_scale[k] != kSkipped) add_teacher(row, k, begin, n, s, student, moved, teachers[k]);
+        }
+    }
+    add_beyond(row, shared, student);
 }
 
 FASTKD_INLINE vf scaled(vf logits, const Normaliser& side) { return scaled(logits, side.max, side.scale); }
@@ -270,6 +205,15 @@ void divergence(const LogitRow& row, int32_t k, const Normaliser& student, const
     }
 }
 
+// Adds the hard term where it is a power of q, or no function of it at all.
+template <Hard hard>
+FASTKD_INLINE vf add_hard(const LogitGradient& g, vf logits, vf q, vf grad) {
+    if (hard == Hard::square) grad += g.power_coefficient * (q * q);
+    if (hard == Hard::fourth) grad += g.power_coefficient * ((q * q) * (q * q));
+    if (hard == Hard::separate) grad += g.hard_coefficient * exp2(scaled(logits, g.hard));
+    return grad;
+}
+
 // out = coefficient * q (h - omega), and in the pass of the first teacher the hard term.
 template <class Divergence, Hard hard>
 static void gradient_tile(const LogitRow& row, const LogitGradient& g, int32_t k, bool first, const float* s, const float* t,
@@ -284,9 +228,7 @@ static void gradient_tile(const LogitRow& row, const LogitGradient& g, int32_t k
         vf grad = coefficient * piece.slope(term, omega);
         if (first) {
             grad += g.student_coefficient * q + g.constant;
-            if (hard == Hard::square) grad += g.power_coefficient * (q * q);
-            if (hard == Hard::fourth) grad += g.power_coefficient * ((q * q) * (q * q));
-            if (hard == Hard::separate) grad += g.hard_coefficient * exp2(scaled(logits, g.hard));
+            grad = add_hard<hard>(g, logits, q, grad);
         } else {
             grad += load(out + i);
         }
@@ -334,29 +276,6 @@ static void teacher_gradient(const LogitRow& row, const LogitGradient& g, int32_
         case Divergence::skew_reverse_kl: return gradient_tile<SkewReverseKl>(row, g, k, first, s, t, n, out);
         case Divergence::tvd: return gradient_tile<Tvd>(row, g, k, first, s, t, n, out);
         case Divergence::mse: return mse_gradient_tile(g.teacher_coefficient[k], first, g.constant, s, t, n, out);
-    }
-}
-
-template <vh (*narrow)(vf)>
-FASTKD_INLINE void narrow_into(uint16_t* out, const float* x, int64_t n) {
-    int64_t i = 0;
-    for (; i + W <= n; i += W) {
-        const vh half = narrow(load(x + i));
-        __builtin_memcpy(out + i, &half, sizeof half);
-    }
-    if (i < n) {
-        const vh half = narrow(load(x + i));
-        __builtin_memcpy(out + i, &half, (n - i) * sizeof(uint16_t));
-    }
-}
-
-static void write(void* grad, Dtype dtype, int64_t begin, const float* x, int64_t n) {
-    if (dtype == Dtype::float32) {
-        __builtin_memcpy(static_cast<float*>(grad) + begin, x, n * sizeof(float));
-    } else if (dtype == Dtype::bfloat16) {
-        narrow_into<narrow_bfloat16>(static_cast<uint16_t*>(grad) + begin, x, n);
-    } else {
-        narrow_into<narrow_float16>(static_cast<uint16_t*>(grad) + begin, x, n);
     }
 }
 

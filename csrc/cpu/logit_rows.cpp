@@ -1,91 +1,14 @@
 #include "logit_rows.h"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "isa.h"
+#include "logit_task.h"
 #include "threads.h"
 
 namespace fastkd {
 namespace {
-
-// The columns of the state: fastkd/_rows.py.
-enum { kWeight, kHard, kSoft, kStudentMax, kStudentLogsum, kHardMax, kHardLogsum, kTargetAgrees, kTeacherAgrees, kFirstTeacher };
-enum { kTeacherMax, kTeacherLogsum, kOmega, kTeacherColumns };
-
-constexpr double kLog2e = 1.4426950408889634, kLn2 = 0.6931471805599453;
-constexpr double kNan = std::numeric_limits<double>::quiet_NaN(), kInfinity = std::numeric_limits<double>::infinity();
-
-float value_at(const Row& row, int64_t i) {
-    if (row.dtype == Dtype::float32) return static_cast<const float*>(row.data)[i];
-    const uint32_t h = static_cast<const uint16_t*>(row.data)[i];
-    if (row.dtype == Dtype::bfloat16) {
-        const uint32_t bits = h << 16;
-        float value;
-        __builtin_memcpy(&value, &bits, sizeof value);
-        return value;
-    }
-    const int exponent = (h >> 10) & 31, mantissa = h & 1023;
-    const double magnitude = exponent == 31 ? (mantissa ? kNan : kInfinity)
-                             : exponent     ? std::ldexp(1024 + mantissa, exponent - 25)
-                                            : std::ldexp(mantissa, -24);
-    return static_cast<float>(h & 0x8000 ? -magnitude : magnitude);
-}
-
-// log sum exp relative to the maximum; NaN for a row with no finite logit.
-double logsum(double sum) { return sum > 0 ? std::log(sum) : kNan; }
-
-// From a maximum and the natural logarithm of a sum, as the state has them.
-Normaliser normaliser(const double* state, float scale) {
-    return {static_cast<float>(state[0]), scale, static_cast<float>(std::exp(-state[1])), state[1] * kLog2e};
-}
-
-// What the pieces need to know of one row, and which of its terms have a weight at all.
-struct RowTask {
-    LogitRow row;
-    std::vector<Row> teachers;
-    std::vector<float> teacher_scale;
-    bool hard, soft;
-    double alpha, temperature;
-    float weight;
-    int64_t label;
-
-    explicit RowTask(const LogitProblem& p) : teachers(p.teachers.size()), teacher_scale(p.teachers.size()) {}
-
-    void set(const LogitProblem& p, int64_t i) {
-        label = p.target ? p.target[i] : -1;
-        const bool ignored = p.target && label == p.ignore_index;
-        weight = ignored ? 0 : static_cast<float>(p.row_weight[i]);
-        alpha = p.alpha[i];
-        temperature = p.temperature[i];
-        hard = p.target && weight != 0 && alpha != 0;
-        soft = !p.teachers.empty() && weight != 0 && alpha != 1;
-        for (size_t k = 0; k < teachers.size(); ++k) {
-            teachers[k] = p.teachers[k].row(i);
-            const bool counts = soft && p.teacher_weight[k][i] != 0;
-            teacher_scale[k] = counts ? scale(p.teacher_temperature[k][i]) : kSkipped;
-        }
-        row = {p.student.row(i), teachers.data(), static_cast<int32_t>(teachers.size()), p.vocabulary, p.shared,
-               p.divergence,     p.beta,          soft, Hard::none, p.label_smoothing > 0,
-               scale(temperature), teacher_scale.data()};
-        if (hard) row.hard = soft ? power(temperature) : Hard::same;
-    }
-
-    // Of a logit, so that 2^(scale x) is exp(x / T); finite, since it multiplies zeros.
-    static float scale(double temperature) {
-        return static_cast<float>(std::min<double>(kLog2e / temperature, std::numeric_limits<float>::max()));
-    }
-
-    static Hard power(double temperature) {
-        if (temperature == 1) return Hard::same;
-        if (temperature == 2) return Hard::square;
-        return temperature == 4 ? Hard::fourth : Hard::separate;
-    }
-};
 
 struct Divided {
     double value, omega;
@@ -139,16 +62,6 @@ void soft_term(const LogitProblem& p, int64_t i, RowTask& task, const LogitKerne
         soft += p.teacher_weight[k][i] * squared * divided.value;
     }
     state[kSoft] = soft;
-}
-
-void hard_term(const LogitProblem& p, const RowTask& task, const StudentSums& student, double* state) {
-    const double highest = student.hard_max, log_sum = logsum(student.hard_sum), eps = p.label_smoothing;
-    double hard = p.z_loss * (highest + log_sum) * (highest + log_sum);
-    if (eps < 1) hard += (1 - eps) * (log_sum - (value_at(task.row.student, task.label) - highest));
-    if (eps > 0) hard += eps * (log_sum - (student.total / p.vocabulary - highest));
-    state[kHard] = std::isnan(log_sum) ? kNan : hard;
-    state[kHardMax] = student.hard_max;
-    state[kHardLogsum] = log_sum;
 }
 
 void agreement(const LogitProblem& p, int64_t i, const RowTask& task, const LogitKernels& kernels, double* state) {
@@ -205,21 +118,6 @@ void teacher_terms(const LogitProblem& p, int64_t i, RowTask& task, const double
     }
 }
 
-void hard_terms(const LogitProblem& p, const RowTask& task, const double* state, double weight, LogitGradient& g) {
-    const double highest = state[kHardMax], log_sum = state[kHardLogsum];
-    const double coefficient = weight * (1 + 2 * p.z_loss * (highest + log_sum));
-    g.hard = normaliser(state + kHardMax, static_cast<float>(kLog2e));
-    g.hard_coefficient = static_cast<float>(coefficient * std::exp(-log_sum));
-    g.constant = static_cast<float>(-weight * p.label_smoothing / p.vocabulary);
-    g.label_coefficient = static_cast<float>(-weight * (1 - p.label_smoothing));
-    g.label = task.label;
-    if (!task.soft || p.divergence == Divergence::mse) return;
-    // exp(s) = exp(s / T)^T: with q = exp((s - m) / T - z) the hard probability is q^T exp(T z + m - m_1 - z_1).
-    const double ratio = std::exp(task.temperature * state[kStudentLogsum] + state[kStudentMax] - highest - log_sum);
-    g.power_coefficient = static_cast<float>(coefficient * ratio);
-    if (task.row.hard == Hard::same) g.student_coefficient = g.power_coefficient;
-}
-
 void backward_row(const LogitProblem& p, int64_t i, RowTask& task, const LogitKernels& kernels, GradientScratch& scratch,
                   const double* state, double upstream, void* grad) {
     task.set(p, i);
@@ -232,20 +130,10 @@ void backward_row(const LogitProblem& p, int64_t i, RowTask& task, const LogitKe
     g.label = -1;
     teacher_terms(p, i, task, state, weight * (1 - task.alpha), scratch);
     if (!task.hard || weight == 0) task.row.hard = Hard::none;
-    if (task.row.hard != Hard::none) hard_terms(p, task, state, weight * task.alpha, g);
+    if (task.row.hard != Hard::none) {
+        hard_terms(p, task, state, weight * task.alpha, state[kStudentMax], state[kStudentLogsum], g);
+    }
     kernels.gradient(task.row, g, grad);
-}
-
-// A fresh allocation of hundreds of megabytes is paid for page by page: huge pages make that 512 times fewer.
-void prefer_huge_pages(void* data, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-    constexpr int64_t kHugePage = 2 << 20;
-    const auto address = reinterpret_cast<uintptr_t>(data), page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-    if (bytes >= 4 * kHugePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-    (void)data, (void)bytes;
-#endif
 }
 
 }  // namespace
@@ -272,7 +160,7 @@ double logit_forward(const LogitProblem& p, Reduction reduction, double divisor,
     const int64_t width = kFirstTeacher + kTeacherColumns * static_cast<int64_t>(p.teachers.size());
     std::vector<double> losses(p.rows);
     for_each_chunk(p.rows, p.vocabulary, p.threads, [&](int64_t begin, int64_t end) {
-        RowTask task(p);
+        RowTask task(p, !p.teachers.empty());
         std::vector<TeacherSums> teachers(p.teachers.size());
         for (int64_t i = begin; i < end; ++i) losses[i] = forward_row(p, i, task, kernels, teachers, state + i * width);
     });
@@ -294,7 +182,7 @@ void logit_backward(const LogitProblem& p, const double* state, const float* gra
     const int64_t bytes = grad_stride * (p.student.dtype == Dtype::float32 ? 4 : 2);
     if (fresh) prefer_huge_pages(grad, p.rows * bytes);
     for_each_chunk(p.rows, p.vocabulary, p.threads, [&](int64_t begin, int64_t end) {
-        RowTask task(p);
+        RowTask task(p, !p.teachers.empty());
         GradientScratch scratch(p.teachers.size());
         for (int64_t i = begin; i < end; ++i) {
             const double upstream = grad_loss[i * grad_loss_stride] * scale;

@@ -25,7 +25,8 @@ Dtypes = tuple[torch.dtype, ...]
 
 ORDER = ("triton", "native", "reference")
 PACKAGES = {"triton": "fastkd_kernels", "native": "fastkd.native", "reference": "fastkd.reference"}
-OPERATIONS = {"kd_loss": "logit", "cross_entropy": "logit"}  # operation -> the file name of its family
+# operation -> the file name of its family; in brackets the passes over the logits that a kind of teacher needs more
+OPERATIONS = {"kd_loss": "logit", "kd_loss(TopK)": "topk", "cross_entropy": "logit"}
 LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 _STORAGE = frozenset((torch.float16, torch.bfloat16, torch.float32))
 

@@ -29,7 +29,7 @@ def forward(rows: LogitRows) -> tuple[Tensor, Tensor, float]:
         _logits(rows), numbers, reduction, divisor or 0.0, loss.data_ptr(), state.data_ptr()
     )
     if fault:
-        _refuse(rows, fault, scale)
+        _refuse(_checks.operation(rows), rows, fault, scale)
     return loss, state, scale
 
 
@@ -104,8 +104,7 @@ def _nowhere(tensor: Tensor) -> int:
     return 0
 
 
-def _refuse(rows: LogitRows, fault: int, got: float) -> None:
-    op = "kd_loss" if rows.teachers else "cross_entropy"
+def _refuse(op: str, rows: LogitRows, fault: int, got: float) -> None:
     if fault == 1:
         _checks.bad_id(op, rows.student.shape[1], rows.ignore_index, int(got))
     _checks.bad_value(

@@ -3,6 +3,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/logit_rows.h"
+#include "cpu/topk_rows.h"
 #ifdef FASTKD_WITH_CUDA
 #include "cuda/device.h"
 #endif
@@ -96,6 +97,43 @@ void backward(const py::tuple& logits, const py::tuple& numbers, Address state, 
                    scale, reinterpret_cast<void*>(grad), stride, fresh);
 }
 
+// `ids`: where they are, and how many a row.
+TopKProblem topk_problem(const py::tuple& where, const py::tuple& what, Address ids, int64_t count) {
+    LogitProblem logits = logit_problem(where, what);
+    logits.divergence = Divergence::forward_kl;  // somebody else's, over the events; mse would do without a softmax
+    return {std::move(logits), reinterpret_cast<const int64_t*>(ids), count};
+}
+
+// (0, 0, 0), or (what is wrong in the data, what is wrong in the ids, the offending value): then nothing was computed.
+py::tuple gather(const py::tuple& logits, const py::tuple& numbers, Address ids, int64_t count, Address best, Address state,
+                 Address events) {
+    const TopKProblem p = topk_problem(logits, numbers, ids, count);
+    Fault fault;
+    IdFault wrong;
+    {
+        const py::gil_scoped_release release;
+        fault = find_fault(p.logits);
+        if (fault.kind == Fault::none) wrong = find_id_fault(p);
+        if (fault.kind == Fault::none && wrong.kind == IdFault::none) {
+            topk_gather(p, reinterpret_cast<const int64_t*>(best), reinterpret_cast<double*>(state),
+                        reinterpret_cast<float*>(events));
+        }
+    }
+    const bool ids_are_wrong = wrong.kind != IdFault::none;
+    return py::make_tuple(static_cast<int>(fault.kind), static_cast<int>(wrong.kind),
+                          ids_are_wrong ? static_cast<double>(wrong.got) : fault.got);
+}
+
+void scatter(const py::tuple& logits, const py::tuple& numbers, Address ids, int64_t count, Address state, Address events,
+             Address slopes, Address grad_loss, int64_t grad_loss_stride, double scale, Address grad, int64_t stride,
+             bool fresh) {
+    const TopKProblem p = topk_problem(logits, numbers, ids, count);
+    const py::gil_scoped_release release;
+    topk_scatter(p, reinterpret_cast<const double*>(state), reinterpret_cast<const float*>(events),
+                 reinterpret_cast<const float*>(slopes), reinterpret_cast<const float*>(grad_loss), grad_loss_stride, scale,
+                 reinterpret_cast<void*>(grad), stride, fresh);
+}
+
 }  // namespace
 }  // namespace fastkd
 
@@ -105,6 +143,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("instruction_set", [] { return active_instruction_set().name; });
     m.def("logit_forward", &forward);
     m.def("logit_backward", &backward);
+    m.def("topk_gather", &gather);
+    m.def("topk_scatter", &scatter);
 #ifdef FASTKD_WITH_CUDA
     m.attr("cuda_architectures") = FASTKD_WITH_CUDA;
     m.def("cuda_device_count", &cuda_device_count);

@@ -22,5 +22,33 @@ def logit_backward(
     /,
 ) -> None: ...
 
+# The same two tuples, and where the ids are and how many a row.
+def topk_gather(
+    logits: tuple[int, ...],
+    numbers: tuple[float, ...],
+    ids: int,
+    count: int,
+    best: int,
+    state: int,
+    events: int,
+    /,
+) -> tuple[int, int, float]: ...
+def topk_scatter(
+    logits: tuple[int, ...],
+    numbers: tuple[float, ...],
+    ids: int,
+    count: int,
+    state: int,
+    events: int,
+    slopes: int,
+    grad_loss: int,
+    grad_loss_stride: int,
+    scale: float,
+    grad: int,
+    stride: int,
+    fresh: bool,
+    /,
+) -> None: ...
+
 # Only where the extension was built with CUDA.
 def cuda_device_count() -> int: ...

@@ -1,5 +1,6 @@
 #include "isa.h"
 #include "logit-inl.h"
+#include "topk-inl.h"
 
 namespace fastkd {
 
@@ -7,6 +8,11 @@ static bool supported() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 }
 
-const InstructionSet avx2 = {"avx2", supported, {statistics, divergence, gradient, unmatched, best}};
+const InstructionSet avx2 = {
+    "avx2",
+    supported,
+    {statistics, divergence, gradient, unmatched, best},
+    {topk_statistics, topk_gradient},
+};
 
 }  // namespace fastkd

@@ -1,5 +1,6 @@
 #include "isa.h"
 #include "logit-inl.h"
+#include "topk-inl.h"
 
 namespace fastkd {
 
@@ -7,6 +8,11 @@ static bool supported() {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
-const InstructionSet avx512 = {"avx512", supported, {statistics, divergence, gradient, unmatched, best}};
+const InstructionSet avx512 = {
+    "avx512",
+    supported,
+    {statistics, divergence, gradient, unmatched, best},
+    {topk_statistics, topk_gradient},
+};
 
 }  // namespace fastkd

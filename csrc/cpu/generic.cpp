@@ -1,5 +1,6 @@
 #include "isa.h"
 #include "logit-inl.h"
+#include "topk-inl.h"
 
 namespace fastkd {
 
@@ -7,6 +8,11 @@ static bool supported() {
     return true;
 }
 
-const InstructionSet generic = {"generic", supported, {statistics, divergence, gradient, unmatched, best}};
+const InstructionSet generic = {
+    "generic",
+    supported,
+    {statistics, divergence, gradient, unmatched, best},
+    {topk_statistics, topk_gradient},
+};
 
 }  // namespace fastkd

@@ -2,6 +2,7 @@
 // is an error and never silently another.
 #pragma once
 #include "logit.h"
+#include "topk.h"
 
 namespace fastkd {
 
@@ -9,6 +10,7 @@ struct InstructionSet {
     const char* name;
     bool (*supported)();  // asks the processor and the operating system
     LogitKernels logit;
+    TopKKernels topk;
 };
 
 extern const InstructionSet generic;

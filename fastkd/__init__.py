@@ -2,9 +2,9 @@
 
 from ._dispatch import explain
 from ._workspace import set_workspace
-from .inputs import Head
+from .inputs import Expected, Head, TopK
 from .losses.logit import KDLoss, LossParts, cross_entropy, kd_loss
 
 __version__ = "0.1.0"
 
-__all__ = ["Head", "KDLoss", "LossParts", "cross_entropy", "explain", "kd_loss", "set_workspace"]
+__all__ = ["Expected", "Head", "KDLoss", "LossParts", "TopK", "cross_entropy", "explain", "kd_loss", "set_workspace"]

@@ -45,6 +45,29 @@ def state_width(teachers: int) -> int:
 
 
 @dataclass(slots=True)
+class SparseTeacher:
+    """A teacher known by k ids a row; its rows go with those of the student."""
+
+    indices: Tensor  # (N, k) int64, contiguous; -1: absent
+    log_probs: Tensor  # (N, k) at the teacher's temperature, float32 or float64; -inf: absent
+    tail: str  # "bucket"; "whole": no other id has any; "support": the student's other ids do not count;
+    #            "events": log_probs is (N, k + 1), the last that of all other ids together
+    weight: float | Tensor  # its teacher_weight
+
+
+@dataclass(slots=True)
+class ExpectedTeacher:
+    """A teacher known by softmax(teacher) @ weight, under a student's head that is frozen: of its logits nothing else
+    enters the gradient."""
+
+    mean: Tensor  # (N, H)
+    bias: Tensor | None  # (N,): scale * softmax(teacher) @ bias
+    entropy: Tensor | None  # (N,)
+    weight: float | Tensor  # its teacher_weight
+    checksum: float | None  # of the head's weights, if it is known
+
+
+@dataclass(slots=True)
 class LogitRows:
     """A checked problem: N rows, K teachers. Numbers that may vary by row are a float, or a tensor ``(N,)``."""
 
@@ -67,6 +90,10 @@ class LogitRows:
     reduce: bool
     agreement: bool  # fill the two columns of agreement
     overwrite: bool  # backward writes the gradient over the student
+    # For losses/terms/, which ask the implementations for what these need:
+    sparse: tuple[SparseTeacher, ...] = ()
+    expected: tuple[ExpectedTeacher, ...] = ()
+    hidden: Tensor | None = None  # (N, H): what the student's logits were computed from, times their scale
     notes: Any = field(default=None, init=False)  # an implementation's own, from its forward to its backward
 
 
@@ -88,6 +115,13 @@ def of_rows(
         temperature=pick(rows.temperature),
         teacher_temperature=tuple(pick(value) for value in rows.teacher_temperature),
         teacher_weight=pick(rows.teacher_weight),
+        sparse=tuple(
+            SparseTeacher(take(one.indices), take(one.log_probs), one.tail, pick(one.weight)) for one in rows.sparse
+        ),
+        expected=tuple(
+            ExpectedTeacher(take(one.mean), pick(one.bias), pick(one.entropy), pick(one.weight), one.checksum)
+            for one in rows.expected
+        ),
     )
 
 

@@ -35,6 +35,9 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+import torch
+from torch import Tensor
+
 from ._checks import bad_value
 
 OP = "kd_loss"
@@ -45,3 +48,25 @@ def bad_id(fault: str, shared: int, got: int) -> NoReturn:
     if fault == OUTSIDE:
         bad_value(OP, "teacher", f"hold ids from 0 to {shared - 1} (or -1 for none)", got)
     bad_value(OP, "teacher", "hold every id once in a row", f"{got} twice")
+
+
+def wrong_ids(indices: Tensor, shared: int) -> Tensor:
+    """Where an id is outside, or was in the row before (in no order: it is sorted)."""
+    ordered = indices.sort(-1).values
+    twice = torch.zeros_like(ordered, dtype=torch.bool)
+    twice[:, 1:] = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    return twice | (ordered < -1) | (ordered >= shared)
+
+
+def refuse_wrong_ids(indices: Tensor, shared: int) -> None:
+    """The first row with a wrong id, and in it one that is outside before one that comes twice."""
+    wrong = wrong_ids(indices, shared).any(-1)
+    if not bool(wrong.any()):
+        return
+    seen: set[int] = set()
+    for got in sorted(indices[wrong][0].tolist(), key=lambda i: -1 <= i < shared):
+        if not -1 <= got < shared:
+            bad_id(OUTSIDE, shared, got)
+        if got >= 0 and got in seen:
+            bad_id(TWICE, shared, got)
+        seen.add(got)

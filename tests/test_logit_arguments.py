@@ -13,6 +13,7 @@ from torch import Tensor
 import fastkd
 from fastkd.losses.logit import KDOptions
 
+SEVERAL_LOGITS = "a tensor of logits, a Head, a TopK or an Expected, or a sequence of them"
 S, T, Y = torch.zeros(8, 100), torch.zeros(8, 100), torch.zeros(8, dtype=torch.long)
 
 REFUSED: dict[str, tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = {
@@ -38,13 +39,13 @@ REFUSED: dict[str, tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]]
     ),
     "teacher_type": (
         TypeError,
-        "kd_loss: teacher must be a tensor of logits or a Head, or a sequence of them, got str",
+        f"kd_loss: teacher must be {SEVERAL_LOGITS}, got str",
         (S, "teacher"),
         {},
     ),
     "teacher_in_sequence": (
         TypeError,
-        "kd_loss: teacher must be a tensor of logits or a Head, or a sequence of them, got NoneType",
+        f"kd_loss: teacher must be {SEVERAL_LOGITS}, got NoneType",
         (S, [T, None]),
         {},
     ),

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _checks, _dispatch
 from .._rows import LogitRows
-from ..inputs import Head
+from ..inputs import Head, TopK
 from ._chunks import Chunks
 from ._logit_arguments import Given, Logits, tensors_of
 from ._logit_autograd import MODIFIED, NoSecondDerivative, unflatten
@@ -20,12 +19,13 @@ class Template:
     """A student or teacher without its tensors: those are autograd's to keep."""
 
     def __init__(self, given: Given) -> None:
-        self.options = given.options() if isinstance(given, Head) else None
-        self.count = len(given.tensors()) if isinstance(given, Head) else 1
+        self.kind = type(given) if isinstance(given, (Head, TopK)) else Tensor
+        self.options = given.options() if isinstance(given, (Head, TopK)) else {}
+        self.count = len(tensors_of(given))
 
     def fill(self, tensors: Iterator[Tensor]) -> Given:
         own = [next(tensors) for _ in range(self.count)]
-        return own[0] if self.options is None else Head(*own, **self.options)
+        return own[0] if self.kind is Tensor else self.kind(*own, **self.options)
 
 
 class Call:
@@ -51,8 +51,9 @@ class Call:
                 raise RuntimeError(MODIFIED)
         rest = iter(saved)
         tensors = iter([next(rest) if x is None else x for x in self.held])
-        self.chunks.student, *teachers = [template.fill(tensors) for template in self.templates]
-        self.chunks.teachers = tuple(teachers)
+        student, *teachers = [template.fill(tensors) for template in self.templates]
+        assert isinstance(student, (Tensor, Head))
+        self.chunks.student, self.chunks.teachers = student, tuple(teachers)
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -83,15 +84,23 @@ class ChunkedLoss(torch.autograd.Function):
         return None, None, *gradients, *teachers
 
 
-def apply(logits: Logits, rows: LogitRows, impl: str | None) -> tuple[Tensor, Tensor]:
+def apply(
+    logits: Logits, rows: LogitRows, teachers: Sequence[Given], impl: str | None, student_topk: int | None
+) -> tuple[Tensor, Tensor]:
     """Loss and state."""
-    if logits.anchor.is_cpu:
-        _checks.row_data(rows, logits.vocabulary)
-    student, *teachers = (logits.anchor.new_empty(0, dtype=x.dtype) for x in (logits.student, *logits.teachers))
-    implementation = _dispatch.pick(logits.op, impl, student, teachers)
-    chunks = Chunks(rows, logits.student, logits.teachers, logits.dim, logits.count, implementation)
-    tensors = logits.tensors()
-    of_student = tensors[: len(tensors_of(logits.student))]
+    chunks = Chunks(
+        rows,
+        logits.student,
+        teachers,
+        op=logits.op,
+        impl=impl,
+        dim=logits.dim,
+        count=logits.count,
+        pairs=None if logits.vocab_map is None else logits.vocab_map.pairs,
+        student_topk=student_topk,
+    )
+    of_student = tensors_of(logits.student)
+    tensors = [*of_student, *(x for one in teachers for x in tensors_of(one))]
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in of_student]
     call = Call(chunks, logits.constants, wanted)
     loss = ChunkedLoss.apply(call, logits.dtype, *tensors)
@@ -110,7 +119,7 @@ def _gradients(ctx: Any, call: Call, grad_loss: Tensor) -> list[Tensor | None]:
     for gradient, (shape, dtype) in zip(gradients, call.student, strict=True):
         if gradient is not None:
             gradient = _scaled(gradient, upstream, dtype)
-            of_logits = call.templates[0].options is None
+            of_logits = call.templates[0].kind is Tensor
             gradient = unflatten(gradient, shape, call.chunks.dim) if of_logits else gradient.view(shape)
         finished.append(gradient)
     return finished

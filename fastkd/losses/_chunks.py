@@ -10,17 +10,19 @@ through the same graph, the logits are computed again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _rows
+from .. import _checks, _rows
 from .._rows import LogitRows
 from .._workspace import workspace
-from ..inputs import Head
+from ..inputs import Head, TopK
+from ..inputs._checksum import agree, checksum
+from ._arrangement import term
 from ._logit_arguments import Given
-from ._sources import Computed, ComputedStudent, Rows, Stored, StoredStudent, put, take
+from ._sources import Computed, ComputedStudent, Rows, Spread, Stored, StoredStudent, put, take
+from .terms.expected import past_the_logits
 
 
 class Chunks:
@@ -29,33 +31,61 @@ class Chunks:
     def __init__(
         self,
         rows: LogitRows,
-        student: Given,
+        student: Tensor | Head,
         teachers: Sequence[Given],
+        *,
+        op: str,
+        impl: str | None,
         dim: int,
         count: int,
-        implementation: Any,
+        pairs: Tensor | None = None,
+        student_topk: int | None = None,
     ) -> None:
         self.rows, self.student, self.teachers = rows, student, tuple(teachers)
-        self.dim, self.count, self.implementation = dim, count, implementation
-        self.device = student.device
+        self.op, self.dim, self.count, self.device = op, dim, count, student.device
+        others = len(teachers) + len(rows.sparse) + len(rows.expected)
+        self.adds = pairs is not None or others > 1  # gradients of several terms, each (rows, V)
+        self.pairs, self.student_topk = pairs, student_topk
+        like, *taught = (torch.empty(0, dtype=dtype, device=self.device) for dtype in self._dtypes())
+        self.term = term(op, impl, like, taught, rows, pairs=pairs, student_topk=student_topk)
+
+    def _dtypes(self) -> list[torch.dtype]:
+        """Of the logits that the kernels see: the student's, then those of every teacher."""
+        student = self.student.dtype
+        if isinstance(self.student, Tensor) and self.adds and student is not torch.float64:
+            student = torch.float32
+        others = (*(x.log_probs for x in self.rows.sparse), *(x.mean for x in self.rows.expected))
+        wide = [torch.float64 if x.dtype is torch.float64 else torch.float32 for x in others]
+        return [student, *(x.dtype for x in self.teachers), *wide]
 
     def plan(self, wanted: Sequence[bool]) -> None:
         """Opens the sources and cuts the rows into chunks."""
-        student = self.student
-        self.source: StoredStudent | ComputedStudent = (
-            ComputedStudent(student, wanted) if isinstance(student, Head) else StoredStudent(student, self.dim, wanted)
-        )
-        self.taught = [Computed(x) if isinstance(x, Head) else Stored(x, self.dim) for x in self.teachers]
+        student, shared = self.student, self.rows.shared
+        self.source: StoredStudent | ComputedStudent
+        if isinstance(student, Head):
+            self.source = ComputedStudent(student, wanted)
+        else:
+            self.source = StoredStudent(student, self.dim, wanted, self._dtypes()[0])
+        self.taught = [_source(x, self.dim, shared) for x in self.teachers]
         sources = [self.source, *self.taught]
-        weight = _rows.weights(self.rows, self.count, student.input if isinstance(student, Head) else student)
+        weight = _rows.weights(self.rows, self.count, torch.empty(0, device=self.device))
         self.divisor: float | Tensor = weight.sum() if self.rows.divisor is None else self.rows.divisor
         if isinstance(self.divisor, Tensor) and not self.divisor.is_cuda:
             self.divisor = float(self.divisor)
         self.chosen = self._compacted(weight != 0)
         active = self.count if self.chosen is None else len(self.chosen)
-        self.chunk = _chunk(active, sum(source.bytes_per_row for source in sources), self._workspace())
+        bytes_per_row = sum(source.bytes_per_row for source in sources) + self._bytes_of_terms()
+        self.chunk = _chunk(active, bytes_per_row, self._workspace())
         for source in sources:
             source.prepare(min(self.chunk, active))
+
+    def _bytes_of_terms(self) -> int:
+        """A row of what the terms allocate: gradients to add up, and the pairs' logits."""
+        size = self._dtypes()[0].itemsize
+        total = 2 * self.source.vocabulary * size if self.adds else 0
+        if self.pairs is not None:
+            total += (2 + len(self.teachers)) * self.pairs.shape[1] * size
+        return total
 
     def _workspace(self) -> int:
         given = [x.workspace for x in (self.student, *self.teachers) if isinstance(x, Head) and x.workspace is not None]
@@ -81,17 +111,24 @@ class Chunks:
             taught = tuple(source.logits(rows) for source in self.taught)
             problem = _rows.of_rows(self.rows, lambda numbers: take(numbers, rows), logits, taught)  # noqa: B023
             problem.divisor, problem.overwrite = self.divisor, self.source.overwrite
+            if problem.expected:
+                problem.hidden = self.source.scaled_hidden(rows)
             yield rows, problem
 
     def forward(self, wanted: Sequence[bool], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Loss and state. The gradients of a reduced loss wait in ``source``, for an upstream gradient of 1 / scale."""
+        if self.device.type == "cpu":
+            _checks.row_data(self.rows, self.student.shape[self.dim])
+        self._check_weights()
         self.plan(wanted)
         empty = torch.empty((), dtype=torch.float64, device=self.device)
-        state = empty.new_zeros((self.count, _rows.state_width(len(self.teachers))))
+        state = empty.new_zeros((self.count, 0))
         losses = empty.new_zeros(() if self.rows.reduce else self.count)
         one = empty.new_ones((), dtype=dtype)
         for rows, problem in self.chunks():
-            loss, part, _ = self.implementation.forward(problem)
+            loss, part, _ = self.term.forward(problem)
+            if state.shape[1] == 0:
+                state = part.new_zeros((self.count, part.shape[1]))
             put(state, rows, part)
             if self.rows.reduce:
                 losses += loss
@@ -115,8 +152,21 @@ class Chunks:
         return gradients
 
     def _add(self, rows: Rows, problem: LogitRows, state: Tensor, scale: Tensor, upstream: Tensor) -> None:
-        gradient = self.implementation.backward(problem, state, scale, upstream)
+        past = past_the_logits(problem, state, scale, upstream) if problem.expected else None
+        gradient = self.term.backward(problem, state, scale, upstream)
         self.source.add(rows, problem.student, gradient)
+        if past is not None:
+            self.source.add_to_input(rows, past)
+
+    def _check_weights(self) -> None:
+        """That a teacher's expected embedding is under these weights."""
+        for teacher in self.rows.expected:
+            assert isinstance(self.student, Head)
+            if teacher.checksum is not None and not agree(
+                teacher.checksum, checksum(self.student.weight, self.student.bias)
+            ):
+                rule = "be the head that the Expected teacher was made with"
+                _checks.bad_value(self.op, "student", rule, "other weights")
 
     def scale(self) -> Tensor:
         """1 / divisor, or 0 where nothing counts."""
@@ -136,6 +186,15 @@ class Chunks:
 
     def outside(self) -> Tensor:
         return self._one() if self.device.type == "cpu" else self.scale()
+
+
+def _source(given: Given, dim: int, shared: int) -> Computed | Spread | Stored:
+    if isinstance(given, Head):
+        return Computed(given)
+    if isinstance(given, TopK):
+        return Spread(given, shared)
+    assert isinstance(given, Tensor)
+    return Stored(given, dim)
 
 
 def _chunk(rows: int, bytes_per_row: int, budget: int) -> int:

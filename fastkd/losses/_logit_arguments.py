@@ -11,20 +11,22 @@ from torch import Tensor
 
 from .. import _checks
 from .._rows import LogitRows
-from ..inputs import Head
+from ..inputs import Expected, Head, TopK
+from ._vocab_map import VocabMap, vocab_map
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 BETA = {"jsd": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}  # the divergences that take beta, and their defaults
 UNSKEWED = {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}  # what they are at beta = 0
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 ONE_LOGITS = "a tensor of logits or a Head"
-SEVERAL_LOGITS = f"{ONE_LOGITS}, or a sequence of them"
+SEVERAL_LOGITS = "a tensor of logits, a Head, a TopK or an Expected, or a sequence of them"
+KINDS = (Tensor, Head, TopK, Expected)
 
-Given = Tensor | Head  # what has logits, or will have
+Given = Tensor | Head | TopK | Expected
 
 
 def tensors_of(given: Given) -> tuple[Tensor, ...]:
-    return given.tensors() if isinstance(given, Head) else (given,)
+    return (given,) if isinstance(given, Tensor) else given.tensors()
 
 
 class Logits:
@@ -32,11 +34,19 @@ class Logits:
 
     __slots__ = (
         *("anchor", "computed", "constants", "count", "dim", "dtype", "op"),
-        *("shape", "shared", "student", "teachers", "vocabulary"),
+        *("plain", "shape", "shared", "student", "teachers", "vocab_map", "vocabulary"),
     )
 
-    def __init__(self, op: str, student: Given, teacher: Any, dim: int, shared_vocab: int | None) -> None:
-        self.computed = isinstance(student, Head)  # whether some logits are still to be computed
+    def __init__(
+        self,
+        op: str,
+        student: Tensor | Head,
+        teacher: Any,
+        dim: int,
+        shared_vocab: int | None = None,
+        mapping: Tensor | None = None,
+    ) -> None:
+        self.computed = isinstance(student, Head)  # a few rows at a time, since some logits are still to be computed
         self.anchor: Tensor = student.input if isinstance(student, Head) else student  # where the student is
         if not isinstance(student, Head):
             _checks.logits(op, "student", student, ONE_LOGITS)
@@ -47,18 +57,22 @@ class Logits:
         last = self.dim == len(shape) - 1
         self.shape = shape[:-1] if last else shape[: self.dim] + shape[self.dim + 1 :]
         self.count = math.prod(self.shape)
-        self.teachers: tuple[Given, ...] = (
-            (teacher,) if isinstance(teacher, (Tensor, Head)) else self._sequence(teacher)
-        )
+        self.teachers: tuple[Given, ...] = (teacher,) if isinstance(teacher, KINDS) else self._sequence(teacher)
+        self.plain = True  # every teacher has logits
+        self.vocab_map: VocabMap | None = None
         self.dtype = torch.float64 if student.dtype is torch.float64 else torch.float32
         self.vocabulary = vocabulary = shape[self.dim]
         if vocabulary == 0:
             _checks.bad_value(op, "student", "have at least one class", f"shape {tuple(shape)}")
         self.shared = vocabulary
+        if mapping is not None:
+            self._map(mapping, shared_vocab)
         for tensor in self.teachers:
             self._check_teacher(tensor, shared_vocab)
         if shared_vocab is not None:
             self._share(shared_vocab)
+        if not last and any(isinstance(one, Head) for one in (student, *self.teachers)):
+            _checks.bad_value(op, "dim", "be the last one with a Head", dim)
 
     def _sequence(self, teacher: Any) -> tuple[Given, ...]:
         if not isinstance(teacher, (list, tuple)):
@@ -67,31 +81,50 @@ class Logits:
             _checks.bad_value(self.op, "teacher", "hold at least one tensor", "an empty sequence")
         return tuple(teacher)
 
-    def _check_teacher(self, teacher: Given, shared_vocab: int | None) -> None:
-        op, student, dim = self.op, self.student, self.dim
-        if isinstance(teacher, Head):
-            self.computed = True
-        else:
-            _checks.logits(op, "teacher", teacher, SEVERAL_LOGITS)
-        if self.computed and dim != len(student.shape) - 1:
-            _checks.bad_value(op, "dim", "be the last one with a Head", dim)
-        _checks.same_device(op, "teacher", teacher, self.anchor)
-        if teacher.shape != student.shape:
-            expected = list(student.shape)
-            if len(teacher.shape) == len(student.shape):
-                expected[dim] = teacher.shape[dim]
-            if list(teacher.shape) != expected:
-                _checks.bad_value(
-                    op, "teacher", f"have the student's shape, {tuple(student.shape)}", tuple(teacher.shape)
-                )
-            if shared_vocab is None:
-                sizes = f"{teacher.shape[dim]} for a student of {student.shape[dim]}"
-                _checks.bad_value(op, "teacher", "have the student's vocabulary, unless shared_vocab is given", sizes)
+    def _map(self, mapping: Tensor, shared_vocab: int | None) -> None:
+        if shared_vocab is not None:
+            _checks.bad_value(self.op, "shared_vocab", "be None with vocab_map", shared_vocab)
+        self.vocab_map = vocab_map(self.op, mapping, self.vocabulary, self.anchor.device)
+        self.constant(mapping)
+        self.computed = True
+
+    def _check_teacher(self, teacher: Any, shared_vocab: int | None) -> None:
+        if not isinstance(teacher, (Head, TopK, Expected)):
+            _checks.logits(self.op, "teacher", teacher, SEVERAL_LOGITS)
+        _checks.same_device(self.op, "teacher", teacher, self.anchor)
         if teacher.dtype is torch.float64:
             self.dtype = torch.float64
+        if isinstance(teacher, (TopK, Expected)):
+            self.plain = False
+            shape = (teacher.indices if isinstance(teacher, TopK) else teacher.mean).shape[:-1]
+            if shape != self.shape:
+                _checks.bad_value(self.op, "teacher", f"have the student's rows, {tuple(self.shape)}", tuple(shape))
+            return
+        if isinstance(teacher, Head):
+            self.computed = True
+        if teacher.shape != self.student.shape or self.vocab_map is not None:
+            self._check_shape(tuple(teacher.shape), shared_vocab)
+
+    def _check_shape(self, shape: tuple[int, ...], shared_vocab: int | None) -> None:
+        """Of a teacher's logits: the student's, but for the vocabulary where that is spoken for."""
+        op, student, dim = self.op, self.student, self.dim
+        expected = list(student.shape)
+        if len(shape) == len(expected):
+            expected[dim] = shape[dim]
+        if list(shape) != expected:
+            _checks.bad_value(op, "teacher", f"have the student's shape, {tuple(student.shape)}", shape)
+        if self.vocab_map is not None:
+            if shape[dim] != len(self.vocab_map.places):
+                rule = f"have the vocabulary that vocab_map is of, {len(self.vocab_map.places)}"
+                _checks.bad_value(op, "teacher", rule, shape[dim])
+        elif shared_vocab is None:
+            sizes = f"{shape[dim]} for a student of {student.shape[dim]}"
+            rule = "have the student's vocabulary, unless shared_vocab or vocab_map is given"
+            _checks.bad_value(op, "teacher", rule, sizes)
 
     def _share(self, shared_vocab: int) -> None:
-        smallest = min(x.shape[self.dim] for x in (self.student, *self.teachers))
+        whole = [x for x in (self.student, *self.teachers) if isinstance(x, (Tensor, Head))]
+        smallest = min(x.shape[self.dim] for x in whole)
         if isinstance(shared_vocab, bool) or not isinstance(shared_vocab, int):
             _checks.bad_type(self.op, "shared_vocab", "be an integer", type(shared_vocab).__name__)
         if not 1 <= shared_vocab <= smallest:
@@ -178,8 +211,22 @@ class Logits:
         return torch._C._len_torch_dispatch_stack() == 0
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """Those that the logits are, or are computed from."""
+        """All that the student and the teachers consist of."""
         return tuple(x for one in (self.student, *self.teachers) for x in tensors_of(one))
+
+    def best_of_student(self, k: Any, divergence: str) -> int | None:
+        if k is None:
+            return None
+        _checks.count(self.op, "student_topk", k)
+        if divergence != "reverse_kl":
+            _checks.bad_value(self.op, "student_topk", "be None but for reverse_kl", divergence)
+        if not self.plain:
+            _checks.bad_value(self.op, "student_topk", "be None unless every teacher has logits", k)
+        most = self.shared if self.vocab_map is None else self.vocab_map.pairs.shape[1]
+        if k > most:
+            _checks.bad_value(self.op, "student_topk", f"be at most {most}, the shared vocabulary", k)
+        self.computed = True
+        return int(k)
 
     def may_overwrite(self) -> bool:
         if isinstance(self.student, Head):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ class Pending:
     rows: LogitRows
     constants: list[tuple[Tensor, int]]  # what backward reads beside the logits, and its version
     dim: int
-    implementation: ModuleType
+    implementation: Any  # a module, or a Term
     state: Tensor
     scale: float | Tensor
     held: tuple[Tensor, ...] | None

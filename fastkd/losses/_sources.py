@@ -12,7 +12,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..inputs import Head
+from .._topk_rows import refuse_wrong_ids, wrong_ids
+from ..inputs import Head, TopK
+from ..inputs.topk import ABSENT
 from ._logit_autograd import flatten
 
 Rows = slice | Tensor
@@ -44,6 +46,35 @@ class Stored:
 
     def logits(self, rows: Rows) -> Tensor:
         return take(self.rows, rows)
+
+
+class Spread:
+    """Log-probabilities of a teacher known by k ids: the rest of its probability evenly on all others."""
+
+    def __init__(self, teacher: TopK, vocabulary: int) -> None:
+        wide = torch.float64 if teacher.dtype is torch.float64 else torch.float32
+        self.indices = teacher.indices.detach().reshape(-1, teacher.k).long()
+        self.log_probs = teacher.log_probs.detach().reshape(-1, teacher.k).to(wide)
+        self.vocabulary = vocabulary
+        self.bytes_per_row = vocabulary * wide.itemsize
+
+    def prepare(self, chunk: int) -> None:
+        self.buffer = self.log_probs.new_empty((chunk, self.vocabulary + 1))
+
+    def logits(self, rows: Rows) -> Tensor:
+        indices, log_probs = take(self.indices, rows), take(self.log_probs, rows)
+        wrong = wrong_ids(indices, self.vocabulary)
+        if not indices.is_cuda:
+            refuse_wrong_ids(indices, self.vocabulary)
+        known = indices != ABSENT
+        others = self.vocabulary - known.sum(1, keepdim=True)
+        rest = (1 - torch.where(known, log_probs.double().exp(), 0.0).sum(1, keepdim=True)).clamp(min=0)
+        each = torch.where(others == 0, 0.0, rest / others).log().to(log_probs.dtype)
+        out = self.buffer[: len(indices)]
+        out.copy_(torch.where(wrong.any(1, keepdim=True), torch.nan, each).expand_as(out))
+        # What is no id goes into a column beyond the last.
+        place = torch.where(known & ~wrong, indices, self.vocabulary)
+        return out.scatter_(1, place, log_probs)[:, : self.vocabulary]
 
 
 class Computed:
@@ -103,9 +134,20 @@ class StoredStudent(Stored):
 
     overwrite = False
 
-    def __init__(self, logits: Tensor, dim: int, wanted: Sequence[bool]) -> None:
+    def __init__(self, logits: Tensor, dim: int, wanted: Sequence[bool], dtype: torch.dtype) -> None:
         super().__init__(logits, dim)
+        self.dtype = dtype  # in which a chunk is handed out
+        self.bytes_per_row = 0 if dtype is logits.dtype else self.vocabulary * dtype.itemsize
         self.gradients: list[Tensor | None] = [torch.zeros_like(self.rows) if wanted[0] else None]
+
+    def logits(self, rows: Rows) -> Tensor:
+        return take(self.rows, rows).to(self.dtype)
+
+    def scaled_hidden(self, rows: Rows) -> Tensor:
+        raise NotImplementedError("stored logits have no hidden states")
+
+    def add_to_input(self, rows: Rows, gradient: Tensor) -> None:
+        raise NotImplementedError("stored logits have no hidden states")
 
     def add(self, rows: Rows, logits: Tensor, gradient: Tensor) -> None:
         (total,) = self.gradients
@@ -132,6 +174,15 @@ class ComputedStudent(Computed):
             torch.zeros(x.shape, dtype=self.dtype, device=x.device) if want else None
             for x, want in zip((self.input, *head.tensors()[1:]), wanted, strict=True)
         ]
+
+    def scaled_hidden(self, rows: Rows) -> Tensor:
+        return take(self.input, rows).to(self.dtype) * self.head.scale
+
+    def add_to_input(self, rows: Rows, gradient: Tensor) -> None:
+        """``gradient`` is that of the hidden states times scale."""
+        of_input = self.gradients[0]
+        if of_input is not None:
+            put(of_input, rows, take(of_input, rows) + self.head.scale * gradient.to(self.dtype))
 
     def add(self, rows: Rows, logits: Tensor, gradient: Tensor) -> None:
         """``gradient`` is that of the logits of these rows, and is used up."""

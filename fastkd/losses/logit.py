@@ -12,7 +12,8 @@ from .. import _checks, _dispatch, _rows
 from .._rows import DIVERGENCES, LogitRows
 from ..inputs import Head
 from . import _chunked_autograd, _logit_operators
-from ._logit_arguments import Logits, divergence_and_beta
+from ._arrangement import arrange, term
+from ._logit_arguments import Given, Logits, divergence_and_beta
 from ._logit_autograd import LogitLoss, Pending, lay
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class KDOptions(TypedDict, total=False):
     row_weight: Tensor | None
     teacher_weight: Sequence[float] | Tensor | None
     shared_vocab: int | None
+    vocab_map: Tensor | None
+    student_topk: int | None
     reduction: str
     normalizer: float | Tensor | None
     overwrite_student: bool
@@ -59,7 +62,7 @@ class KDOptions(TypedDict, total=False):
 @overload
 def kd_loss(
     student: Tensor | Head,
-    teacher: Tensor | Head | Sequence[Tensor | Head],
+    teacher: Given | Sequence[Given],
     target: Tensor | None = None,
     *,
     return_parts: Literal[False] = False,
@@ -68,7 +71,7 @@ def kd_loss(
 @overload
 def kd_loss(
     student: Tensor | Head,
-    teacher: Tensor | Head | Sequence[Tensor | Head],
+    teacher: Given | Sequence[Given],
     target: Tensor | None = None,
     *,
     return_parts: Literal[True],
@@ -76,7 +79,7 @@ def kd_loss(
 ) -> tuple[Tensor, LossParts]: ...
 def kd_loss(
     student: Tensor | Head,
-    teacher: Tensor | Head | Sequence[Tensor | Head],
+    teacher: Given | Sequence[Given],
     target: Tensor | None = None,
     *,
     divergence: str = "forward_kl",
@@ -91,6 +94,8 @@ def kd_loss(
     row_weight: Tensor | None = None,
     teacher_weight: Sequence[float] | Tensor | None = None,
     shared_vocab: int | None = None,
+    vocab_map: Tensor | None = None,
+    student_topk: int | None = None,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     overwrite_student: bool = False,
@@ -112,9 +117,11 @@ def kd_loss(
     them, which costs more than the loss.
 
     Args:
-        student: Raw logits ``(..., V)``; float16, bfloat16, float32 or float64. Gets a gradient of its dtype.
-        teacher: Raw logits of the student's shape and device, any of these dtypes; or a sequence, one of each teacher.
-            Log-probabilities may be passed with ``teacher_temperature=1``.
+        student: Raw logits ``(..., V)``; float16, bfloat16, float32 or float64. Gets a gradient of its dtype. Or a
+            :class:`fastkd.Head`, whose logits are never all there at once.
+        teacher: Raw logits of the student's shape and device, any of these dtypes (log-probabilities with
+            ``teacher_temperature=1``); a :class:`fastkd.Head`; a :class:`fastkd.TopK`, known by its best ids; a
+            :class:`fastkd.Expected`, known by one vector a row; or a sequence of any of these, one of each teacher.
         target: Class ids ``(...)``, the student's shape without ``dim``. Without it there is no hard term, and alpha is
             not used. A row without a label takes any valid id and ``alpha`` 0.
         divergence: What compares p = softmax(teacher / T) with q = softmax(student / T). ``"forward_kl"`` KL(p|q);
@@ -134,7 +141,12 @@ def kd_loss(
         row_weight: Weight of each row, ``(...)``.
         teacher_weight: One weight per teacher, or a tensor ``(..., teachers)``, used as given; default 1 / teachers.
         shared_vocab: The first n ids are common to both vocabularies: the soft term compares softmaxes over these, the
-            hard term sees the student's whole vocabulary. Needed when the sizes differ.
+            hard term sees the student's whole vocabulary. A TopK drops other ids and is renormalised. This or
+            ``vocab_map`` is needed when the sizes differ.
+        vocab_map: For vocabularies in a different order, or that overlap in part: int64 ``(V_teacher,)``, for each id
+            of the teachers the student's id that means the same, or -1; no id twice. The soft term compares softmaxes
+            over the mapped pairs. Computed a few rows at a time, as a Head is.
+        student_topk: For reverse_kl: compare the student's k best ids of each row, and all other ids as one event.
         reduction: ``"none"`` gives ``(...)``; ``"sum"``; ``"mean"`` divides by the weight of the rows that count;
             ``"batchmean"`` by ``student.shape[0]``.
         normalizer: Divide the sum by this instead, whatever the reduction: a number or a 0-dim tensor, for example the
@@ -171,7 +183,7 @@ def kd_loss(
         >>> student.grad
         tensor([[ 0.3725, -0.3725]])
     """
-    logits = Logits("kd_loss", student, teacher, dim, shared_vocab)
+    logits = Logits("kd_loss", student, teacher, dim, shared_vocab, vocab_map)
     _checks.choice("kd_loss", "divergence", divergence, DIVERGENCES)
     divergence, mixture = divergence_and_beta("kd_loss", divergence, beta)
     student_temperature = logits.number("temperature", temperature, _checks.positive)
@@ -197,7 +209,7 @@ def kd_loss(
         agreement=return_parts,
         overwrite=overwrite_student,
     )
-    loss, state = _compute(logits, rows, impl)
+    loss, state = _compute(logits, rows, impl, logits.best_of_student(student_topk, divergence))
     return (loss, _parts(logits, rows, state)) if return_parts else loss
 
 
@@ -227,7 +239,7 @@ def cross_entropy(
         >>> round(cross_entropy(torch.tensor([[0.0, 0.0]]), torch.tensor([1])).item(), 4)
         0.6931
     """
-    logits = Logits("cross_entropy", student, (), dim, None)
+    logits = Logits("cross_entropy", student, (), dim)
     rows = logits.rows(
         target,
         row_weight=row_weight,
@@ -267,7 +279,7 @@ class KDLoss(torch.nn.Module):
     def forward(
         self,
         student: Tensor | Head,
-        teacher: Tensor | Head | Sequence[Tensor | Head],
+        teacher: Given | Sequence[Given],
         target: Tensor | None = None,
         **options: Any,
     ) -> Any:
@@ -277,22 +289,35 @@ class KDLoss(torch.nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
 
-def _compute(logits: Logits, rows: LogitRows, impl: str | None) -> tuple[Tensor, Tensor]:
-    op = logits.op
-    student, *teachers = logits.tensors()
-    if logits.computed:
-        loss, state = _chunked_autograd.apply(logits, rows, impl)
-    elif torch.compiler.is_compiling() or not logits.lie_in_memory():
-        lay(rows, student, teachers, logits.dim)
-        loss, state = _logit_operators.apply(rows, op, impl)
+def _compute(
+    logits: Logits, rows: LogitRows, impl: str | None, student_topk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    given = logits.teachers if logits.plain else arrange(logits, rows)
+    traced = torch.compiler.is_compiling() or not logits.lie_in_memory()
+    if logits.computed or (traced and not logits.plain):
+        loss, state = _chunked_autograd.apply(logits, rows, given, impl, student_topk)
     else:
-        pending = Pending()
-        pending.rows, pending.dim = rows, logits.dim
-        pending.constants = [(x, x._version) for x in logits.constants if not x.is_inference()]
-        pending.implementation = _dispatch.pick(op, impl, student, teachers)
-        loss = LogitLoss.apply(student, tuple(teachers), pending)
-        state = pending.state
+        loss, state = _of_logits(logits, rows, given, impl, traced)  # type: ignore[arg-type]
     return loss if rows.reduce or len(logits.shape) == 1 else loss.view(logits.shape), state
+
+
+def _of_logits(
+    logits: Logits, rows: LogitRows, teachers: tuple[Tensor, ...], impl: str | None, traced: bool
+) -> tuple[Tensor, Tensor]:
+    """Where all that has logits has them already."""
+    op, student = logits.op, logits.anchor
+    if traced:
+        lay(rows, student, teachers, logits.dim)
+        return _logit_operators.apply(rows, op, impl)
+    pending = Pending()
+    pending.rows, pending.dim = rows, logits.dim
+    pending.constants = [(x, x._version) for x in logits.constants if not x.is_inference()]
+    if logits.plain:
+        pending.implementation = _dispatch.pick(op, impl, student, teachers)
+    else:
+        pending.implementation = term(op, impl, student, [one.log_probs for one in rows.sparse], rows)
+    loss = LogitLoss.apply(student, teachers, pending)
+    return loss, pending.state
 
 
 def _parts(logits: Logits, rows: LogitRows, state: Tensor) -> LossParts:

@@ -34,7 +34,7 @@ def gather(rows: LogitRows, indices: Tensor, best: Tensor | None) -> tuple[Tenso
     dtype, weight = _dtype(rows), _weight(rows, _dtype(rows))
     if rows.student.is_cpu:
         _checks.row_data(rows, rows.student.shape[-1], _topk_rows.OP)
-        _check_ids(rows, indices[weight != 0])
+        _topk_rows.refuse_wrong_ids(indices[weight != 0], rows.shared)
     state = rows.student.new_zeros((rows.student.shape[0], _rows.FIRST_TEACHER), dtype=dtype)
     state[:, _rows.WEIGHT] = weight
     if rows.target is not None:
@@ -89,7 +89,9 @@ def _events(rows: LogitRows, indices: Tensor, state: Tensor) -> Tensor:
     above = torch.cat([torch.zeros_like(named), torch.where(empty, 0.0, tail_logsum)], -1)
     lowest = torch.finfo(dtype).min  # what is finite stays finite: -inf says that there is nothing
     events = torch.where(peaks == -INF, -INF, ((peaks - highest) / temperature + above - logsum).clamp(min=lowest))
-    wrong = logsum.isnan() | tail_logsum.isnan() & ~empty | _wrong(rows, indices).any(-1, keepdim=True)
+    wrong = (
+        logsum.isnan() | tail_logsum.isnan() & ~empty | _topk_rows.wrong_ids(indices, rows.shared).any(-1, keepdim=True)
+    )
     return torch.where(soft, torch.where(wrong, torch.nan, events), 0.0)
 
 
@@ -119,25 +121,3 @@ def _named(rows: LogitRows, indices: Tensor) -> Tensor:
     shape = (indices.shape[0], rows.shared + 1)
     nothing = torch.zeros(shape, dtype=torch.bool, device=indices.device)
     return nothing.scatter(1, _somewhere(rows, indices), True)[:, : rows.shared]
-
-
-def _wrong(rows: LogitRows, indices: Tensor) -> Tensor:
-    """Where an id is outside, or was in the row before (in no order: it is sorted)."""
-    ordered = indices.sort(-1).values
-    twice = torch.zeros_like(ordered, dtype=torch.bool)
-    twice[:, 1:] = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    return twice | (ordered < -1) | (ordered >= rows.shared)
-
-
-def _check_ids(rows: LogitRows, indices: Tensor) -> None:
-    """The first row with a wrong id, and in it one that is outside before one that comes twice."""
-    wrong = _wrong(rows, indices).any(-1)
-    if not bool(wrong.any()):
-        return
-    seen: set[int] = set()
-    for got in sorted(indices[wrong][0].tolist(), key=lambda i: -1 <= i < rows.shared):
-        if not -1 <= got < rows.shared:
-            _topk_rows.bad_id(_topk_rows.OUTSIDE, rows.shared, got)
-        if got >= 0 and got in seen:
-            _topk_rows.bad_id(_topk_rows.TWICE, rows.shared, got)
-        seen.add(got)

@@ -65,8 +65,8 @@ REFUSED: dict[str, tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]]
     "teacher_ndim": (ValueError, "kd_loss: teacher must have the student's shape, (8, 100), got (100,)", (S, T[0]), {}),
     "teacher_vocabulary": (
         ValueError,
-        "kd_loss: teacher must have the student's vocabulary, unless shared_vocab is given, got 99 for a student "
-        "of 100",
+        "kd_loss: teacher must have the student's vocabulary, unless shared_vocab or vocab_map is given, got 99 for a"
+        " student of 100",
         (S, T[:, :99]),
         {},
     ),

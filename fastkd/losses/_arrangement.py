@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _dispatch
-from .._rows import ExpectedTeacher, LogitRows, SparseTeacher
+from .._rows import ExpectedTeacher, LogitRows, SparseTeacher, state_width
 from ..inputs import Expected, Head, TopK
 from ..inputs.topk import ABSENT
+from . import _vocab_map
 from ._logit_arguments import Given, Logits
 from .terms import Term
 from .terms.expected import WithExpected
@@ -74,6 +75,19 @@ def term(op: str, impl: str | None, like: Tensor, others: Sequence[Tensor], rows
     else:
         chosen = sparse if rows.sparse else expected
     return chosen if pairs is None else Mapped(dense, chosen, pairs)
+
+
+def state_columns(rows: LogitRows, dense: int, student_topk: int | None, mapped: bool) -> int:
+    """How wide the state is that such a term leaves."""
+    events = [one.indices.shape[1] for one in rows.sparse]
+    kept = 0
+    if student_topk is not None:
+        events, kept, dense = [student_topk] * dense, student_topk + dense * (student_topk + 1), 0
+    single = len(events) + len(rows.expected) == 1 and dense == 0
+    sparse = sum(state_width(0) + k + 1 + state_width(1) for k in events)
+    others = sparse + state_width(0) * len(rows.expected)
+    own = others if single else state_width(dense) + others
+    return kept + own + (state_width(0) if mapped else 0)
 
 
 def _sparse(
@@ -145,7 +159,7 @@ def _same_temperature(
 def _kept(logits: Logits, indices: Tensor) -> Tensor | None:
     """The ids as positions among the shared ones, if some may have to be dropped. What is no id at all stays wrong."""
     if logits.vocab_map is not None:
-        places = logits.vocab_map.places
+        places = _vocab_map.places(logits.vocab_map)
         known = (indices >= 0) & (indices < len(places))
         return torch.where(known, places[torch.where(known, indices, 0)], indices)
     if logits.shared < logits.vocabulary:

@@ -95,8 +95,7 @@ def apply(
         op=logits.op,
         impl=impl,
         dim=logits.dim,
-        count=logits.count,
-        pairs=None if logits.vocab_map is None else logits.vocab_map.pairs,
+        vocab_map=logits.vocab_map,
         student_topk=student_topk,
     )
     of_student = tensors_of(logits.student)

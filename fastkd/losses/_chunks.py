@@ -9,6 +9,7 @@ through the same graph, the logits are computed again.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,10 +20,12 @@ from .._rows import LogitRows
 from .._workspace import workspace
 from ..inputs import Head, TopK
 from ..inputs._checksum import agree, checksum
-from ._arrangement import term
+from . import _vocab_map
+from ._arrangement import state_columns, term
 from ._logit_arguments import Given
 from ._sources import Computed, ComputedStudent, Rows, Spread, Stored, StoredStudent, put, take
 from .terms.expected import past_the_logits
+from .terms.weighing import number
 
 
 class Chunks:
@@ -37,17 +40,33 @@ class Chunks:
         op: str,
         impl: str | None,
         dim: int,
-        count: int,
-        pairs: Tensor | None = None,
+        vocab_map: Tensor | None = None,
         student_topk: int | None = None,
     ) -> None:
         self.rows, self.student, self.teachers = rows, student, tuple(teachers)
-        self.op, self.dim, self.count, self.device = op, dim, count, student.device
+        self.op, self.impl, self.dim, self.device = op, impl, dim, student.device
+        shape = student.shape
+        self.count = math.prod((*shape[:dim], *shape[dim + 1 :]))
         others = len(teachers) + len(rows.sparse) + len(rows.expected)
-        self.adds = pairs is not None or others > 1  # gradients of several terms, each (rows, V)
-        self.pairs, self.student_topk = pairs, student_topk
+        self.adds = vocab_map is not None or others > 1  # gradients of several terms, each (rows, V)
+        self.vocab_map, self.student_topk = vocab_map, student_topk
+        self.pairs: Tensor | None = None
+
+    def gradient_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Of what ``release`` hands out, where it is wanted."""
+        student = self.student
+        if isinstance(student, Head):
+            rows = (self.count, student.input.shape[-1])
+            return [(rows, student.dtype), *((tuple(x.shape), student.dtype) for x in student.tensors()[1:])]
+        return [((self.count, student.shape[self.dim]), student.dtype)]
+
+    def _choose(self) -> None:
+        """Who computes the chunks. Here, and not where the call is made: that may be a trace."""
+        if self.vocab_map is not None:
+            self.pairs = _vocab_map.pairs(self.op, self.vocab_map, self.student.shape[self.dim])
         like, *taught = (torch.empty(0, dtype=dtype, device=self.device) for dtype in self._dtypes())
-        self.term = term(op, impl, like, taught, rows, pairs=pairs, student_topk=student_topk)
+        kind = {"pairs": self.pairs, "student_topk": self.student_topk}
+        self.term = term(self.op, self.impl, like, taught, self.rows, **kind)
 
     def _dtypes(self) -> list[torch.dtype]:
         """Of the logits that the kernels see: the student's, then those of every teacher."""
@@ -60,6 +79,7 @@ class Chunks:
 
     def plan(self, wanted: Sequence[bool]) -> None:
         """Opens the sources and cuts the rows into chunks."""
+        self._choose()
         student, shared = self.student, self.rows.shared
         self.source: StoredStudent | ComputedStudent
         if isinstance(student, Head):
@@ -122,13 +142,12 @@ class Chunks:
         self._check_weights()
         self.plan(wanted)
         empty = torch.empty((), dtype=torch.float64, device=self.device)
-        state = empty.new_zeros((self.count, 0))
+        columns = state_columns(self.rows, len(self.teachers), self.student_topk, self.vocab_map is not None)
+        state = empty.new_zeros((self.count, columns))
         losses = empty.new_zeros(() if self.rows.reduce else self.count)
         one = empty.new_ones((), dtype=dtype)
         for rows, problem in self.chunks():
             loss, part, _ = self.term.forward(problem)
-            if state.shape[1] == 0:
-                state = part.new_zeros((self.count, part.shape[1]))
             put(state, rows, part)
             if self.rows.reduce:
                 losses += loss
@@ -170,7 +189,7 @@ class Chunks:
 
     def scale(self) -> Tensor:
         """1 / divisor, or 0 where nothing counts."""
-        divisor = torch.as_tensor(self.divisor, dtype=torch.float64, device=self.device)
+        divisor = number(self.divisor, torch.empty(0, device=self.device))
         return torch.where(divisor == 0, 0.0, 1 / divisor)
 
     def _one(self) -> Tensor:

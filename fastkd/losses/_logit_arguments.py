@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _checks
 from .._rows import LogitRows
 from ..inputs import Expected, Head, TopK
-from ._vocab_map import VocabMap, vocab_map
+from . import _vocab_map
 
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 BETA = {"jsd": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}  # the divergences that take beta, and their defaults
@@ -59,7 +59,7 @@ class Logits:
         self.count = math.prod(self.shape)
         self.teachers: tuple[Given, ...] = (teacher,) if isinstance(teacher, KINDS) else self._sequence(teacher)
         self.plain = True  # every teacher has logits
-        self.vocab_map: VocabMap | None = None
+        self.vocab_map: Tensor | None = None
         self.dtype = torch.float64 if student.dtype is torch.float64 else torch.float32
         self.vocabulary = vocabulary = shape[self.dim]
         if vocabulary == 0:
@@ -84,8 +84,8 @@ class Logits:
     def _map(self, mapping: Tensor, shared_vocab: int | None) -> None:
         if shared_vocab is not None:
             _checks.bad_value(self.op, "shared_vocab", "be None with vocab_map", shared_vocab)
-        self.vocab_map = vocab_map(self.op, mapping, self.vocabulary, self.anchor.device)
-        self.constant(mapping)
+        _vocab_map.check(self.op, mapping, self.anchor.device)
+        self.vocab_map = self.constant(mapping)
         self.computed = True
 
     def _check_teacher(self, teacher: Any, shared_vocab: int | None) -> None:
@@ -114,8 +114,8 @@ class Logits:
         if list(shape) != expected:
             _checks.bad_value(op, "teacher", f"have the student's shape, {tuple(student.shape)}", shape)
         if self.vocab_map is not None:
-            if shape[dim] != len(self.vocab_map.places):
-                rule = f"have the vocabulary that vocab_map is of, {len(self.vocab_map.places)}"
+            if shape[dim] != len(self.vocab_map):
+                rule = f"have the vocabulary that vocab_map is of, {len(self.vocab_map)}"
                 _checks.bad_value(op, "teacher", rule, shape[dim])
         elif shared_vocab is None:
             sizes = f"{shape[dim]} for a student of {student.shape[dim]}"
@@ -222,7 +222,7 @@ class Logits:
             _checks.bad_value(self.op, "student_topk", "be None but for reverse_kl", divergence)
         if not self.plain:
             _checks.bad_value(self.op, "student_topk", "be None unless every teacher has logits", k)
-        most = self.shared if self.vocab_map is None else self.vocab_map.pairs.shape[1]
+        most = self.shared if self.vocab_map is None else min(self.shared, len(self.vocab_map))
         if k > most:
             _checks.bad_value(self.op, "student_topk", f"be at most {most}, the shared vocabulary", k)
         self.computed = True

@@ -37,11 +37,11 @@ LIBRARY.define(
 
 def apply(rows: LogitRows, op: str, impl: str | None) -> tuple[Tensor, Tensor]:
     """Loss and state, as LogitLoss.apply gives them."""
-    loss, state, _ = torch.ops.fastkd.logit_forward(*_pack(rows), op, impl)
+    loss, state, _ = torch.ops.fastkd.logit_forward(*pack(rows), op, impl)
     return loss, state
 
 
-def _pack(rows: LogitRows) -> list[Any]:
+def pack(rows: LogitRows) -> list[Any]:
     teacher_temperature = [_pair(value) for value in rows.teacher_temperature]
     by_row = [value for value, _ in teacher_temperature if value is not None]
     if by_row and len(by_row) < len(teacher_temperature):
@@ -66,7 +66,7 @@ def _pair(value: float | Tensor) -> tuple[Tensor | None, float]:
     return (value, 0.0) if isinstance(value, Tensor) else (None, value)
 
 
-def _unpack(
+def unpack(
     student: Tensor,
     teachers: list[Tensor],
     target: Tensor | None,
@@ -101,7 +101,7 @@ def _unpack(
 @torch.library.impl(LIBRARY, "logit_forward", "CompositeExplicitAutograd")
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *problem, op, impl = arguments
-    rows = _unpack(*problem)
+    rows = unpack(*problem)
     loss, state, scale = _dispatch.pick(op, impl, rows.student, rows.teachers).forward(rows)
     return loss, state, state.new_full((), scale) if isinstance(scale, float) else scale
 
@@ -109,14 +109,14 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.impl(LIBRARY, "logit_backward", "CompositeExplicitAutograd")
 def _backward(grad_loss: Tensor, state: Tensor, scale: Tensor, *arguments: Any) -> Tensor:
     *problem, op, impl = arguments
-    rows = _unpack(*problem)
+    rows = unpack(*problem)
     grad: Tensor = _dispatch.pick(op, impl, rows.student, rows.teachers).backward(rows, state, scale, grad_loss)
     return grad.contiguous()  # as the fake one is, whatever alignment made a kernel choose
 
 
 @torch.library.register_fake("fastkd::logit_forward", lib=LIBRARY)
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    rows = _unpack(*arguments[:-2])
+    rows = unpack(*arguments[:-2])
     wide = any(x.dtype == torch.float64 for x in (rows.student, *rows.teachers))
     dtype, n = torch.float64 if wide else torch.float32, rows.student.shape[0]
     empty = rows.student.new_empty
@@ -144,10 +144,10 @@ def _gradient(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Any, ...]:
         leaves[i] = tensor
     inputs = pytree.tree_unflatten(leaves, ctx.structure)
     grad = None if grad_loss is None else torch.ops.fastkd.logit_backward(grad_loss, state, scale, *inputs)
-    return grad, *map(_nothing, inputs[1:])
+    return grad, *map(nothing, inputs[1:])
 
 
-def _nothing(value: Any) -> Any:
+def nothing(value: Any) -> Any:
     """The gradient of a constant: None, or a list of None for a list of tensors (which an empty one is)."""
     if isinstance(value, list) and all(isinstance(item, Tensor) for item in value):
         return [None] * len(value)

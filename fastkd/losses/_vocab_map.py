@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,17 +10,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from .. import _checks
 
-
-class VocabMap(NamedTuple):
-    pairs: Tensor  # (2, n): ids of the student and of the teacher that mean the same
-    places: Tensor  # (V_teacher,): which pair an id of the teacher's is in, or -1
+_known: Any = WeakIdKeyDictionary()  # tensor -> (its version and the student's vocabulary, its pairs)
 
 
-_known: Any = WeakIdKeyDictionary()  # tensor -> (its version, the vocabularies' sizes, VocabMap)
-
-
-def vocab_map(op: str, value: Any, student: int, device: torch.device) -> VocabMap:
-    """``value``: int64 ``(V_teacher,)``, the student's id or -1. Looking at it waits for a GPU, the first time."""
+def check(op: str, value: Any, device: torch.device) -> None:
+    """What can be seen without looking at the ids."""
     if not isinstance(value, Tensor):
         _checks.bad_type(op, "vocab_map", "be a tensor of ids", type(value).__name__)
     if value.dtype not in _checks.INTEGERS:
@@ -29,6 +23,16 @@ def vocab_map(op: str, value: Any, student: int, device: torch.device) -> VocabM
         _checks.bad_value(op, "vocab_map", "have shape (teacher's vocabulary,)", tuple(value.shape))
     if value.device != device:
         _checks.bad_value(op, "vocab_map", f"be on the student's device, {device}", value.device)
+
+
+def places(mapping: Tensor) -> Tensor:
+    """``(V_teacher,)``: which pair an id of the teacher's is in, or -1."""
+    mapped = mapping >= 0
+    return torch.where(mapped, mapped.cumsum(0) - 1, -1)
+
+
+def pairs(op: str, value: Tensor, student: int) -> Tensor:
+    """``(2, n)``: ids of the student and of the teacher that mean the same. Looking at them waits for a GPU, once."""
     key = (-1 if value.is_inference() else value._version, student)
     if value in _known and _known[value][0] == key:
         return _known[value][1]  # type: ignore[no-any-return]
@@ -37,7 +41,7 @@ def vocab_map(op: str, value: Any, student: int, device: torch.device) -> VocabM
     return made
 
 
-def _make(op: str, ids: Tensor, vocabulary: int) -> VocabMap:
+def _make(op: str, ids: Tensor, vocabulary: int) -> Tensor:
     outside = (ids < -1) | (ids >= vocabulary)
     if bool(outside.any()):
         _checks.bad_value(op, "vocab_map", f"hold ids from 0 to {vocabulary - 1}, or -1", int(ids[outside][0]))
@@ -49,6 +53,4 @@ def _make(op: str, ids: Tensor, vocabulary: int) -> VocabMap:
     twice = ordered[1:][ordered[1:] == ordered[:-1]]
     if len(twice):
         _checks.bad_value(op, "vocab_map", "hold no id twice", int(twice[0]))
-    places = torch.full_like(ids, -1)
-    places[taught] = torch.arange(len(taught), device=ids.device)
-    return VocabMap(torch.stack([student, taught]), places)
+    return torch.stack([student, taught])

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _checks, _dispatch, _rows
 from .._rows import DIVERGENCES, LogitRows
 from ..inputs import Head
-from . import _chunked_autograd, _logit_operators
+from . import _chunked_autograd, _chunked_operators, _logit_operators
 from ._arrangement import arrange, term
 from ._logit_arguments import Given, Logits, divergence_and_beta
 from ._logit_autograd import LogitLoss, Pending, lay
@@ -295,7 +295,8 @@ def _compute(
     given = logits.teachers if logits.plain else arrange(logits, rows)
     traced = torch.compiler.is_compiling() or not logits.lie_in_memory()
     if logits.computed or (traced and not logits.plain):
-        loss, state = _chunked_autograd.apply(logits, rows, given, impl, student_topk)
+        apply = _chunked_operators.apply if traced else _chunked_autograd.apply
+        loss, state = apply(logits, rows, given, impl, student_topk)
     else:
         loss, state = _of_logits(logits, rows, given, impl, traced)  # type: ignore[arg-type]
     return loss if rows.reduce or len(logits.shape) == 1 else loss.view(logits.shape), state

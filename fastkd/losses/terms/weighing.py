@@ -36,6 +36,11 @@ def column(value: float | Tensor, like: Tensor) -> Tensor:
     return torch.tensor(value, dtype=torch.float64, device="cpu")  # 0-dim: it fits every device
 
 
+def number(value: float | Tensor, like: Tensor) -> Tensor:
+    """0-dim, float64, where ``like`` is."""
+    return value.double() if isinstance(value, Tensor) else like.new_full((), value, dtype=torch.float64)
+
+
 def soft_rows(rows: LogitRows, weight: Tensor) -> Tensor:
     """(N,) bool: where the soft term has a weight."""
     return (weight != 0) & (column(rows.alpha, weight) != 1)
@@ -64,9 +69,9 @@ def loss_of(rows: LogitRows, state: Tensor, dtype: torch.dtype) -> tuple[Tensor,
     weight, alpha = state[:, _rows.WEIGHT], column(rows.alpha, state)
     # A term of weight 0 is 0 in the state, whatever it multiplies.
     losses = weight * (alpha * state[:, _rows.HARD] + (1 - alpha) * state[:, _rows.SOFT])
-    divisor = weight.sum() if rows.divisor is None else torch.as_tensor(rows.divisor, dtype=torch.float64)
+    divisor = weight.sum() if rows.divisor is None else number(rows.divisor, state)
     nothing = divisor == 0
-    scale = torch.where(nothing, 0.0, 1 / divisor).to(state.device)
+    scale = torch.where(nothing, 0.0, 1 / divisor)
     if rows.reduce:
         losses = torch.where(nothing, 0.0, losses.sum() * scale)
     return losses.to(dtype), state, scale

@@ -133,7 +133,7 @@ def test_ids_around_the_edges_of_tiles(impl: str, option: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize(("n", "v"), [(1, 300), (65, 17), (3, 1), (3, 2), (2, 2047), (2, 2048), (2, 2049), (0, 9)])
 def test_shapes(impl: str, n: int, v: int) -> None:
-    if interpreted(impl) and n * v > 1200:
+    if interpreted(impl) and n * v > 500:
         pytest.skip("interpreted: small vocabularies")
     for option in ("soft", "hard", "smoothing", "overwrite"):
         rows = make(option, n, v, dtype=torch.bfloat16)
@@ -295,6 +295,19 @@ def test_absent_entries_may_come_as_often_as_they_like(impl: str) -> None:
     assert (events[:, :-1] == -INF).all()
     torch.testing.assert_close(events[:, -1], torch.zeros(2), rtol=0, atol=1e-6)
     torch.testing.assert_close(grad, slopes_for(ids)[:, -1:] * rows.student.softmax(-1), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_a_row_may_be_computed_in_parts(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU does where there are few rows; some parts hold no named id, some nothing but shared or unshared ones."""
+    kernels = pytest.importorskip("fastkd_kernels.logit")
+    monkeypatch.setattr(kernels, "_parts", lambda *_: parts)
+    for option in ("hard_2", "a_third_shared", "weights_of_0"):
+        rows = make(option, 2, 170)
+        ids = names(rows, 20)
+        check("triton", rows, ids)
+        near = torch.arange(20).expand(2, 20).contiguous()
+        check("triton", rows, near)
 
 
 @pytest.mark.native

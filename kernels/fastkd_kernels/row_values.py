@@ -102,6 +102,27 @@ def store_all(pointer, values):
 
 
 @triton.jit
+def conclude_hard(
+    saved, active, m, z, total, student_row, target, row, V, smoothing, z_loss, HARD: tl.constexpr, SMOOTH: tl.constexpr
+):
+    """The hard term and its columns of the state."""
+    hard = tl.zeros([], tl.float32)
+    highest, logsum = hard, hard
+    if HARD:
+        known, _, label_logit, pivot = label_of(student_row, target, row, V)
+        hard = hard_value(m, z, total, pivot, label_logit, V, smoothing, z_loss, SMOOTH)
+        hard = tl.where(active, tl.where(known, hard, float("nan")), 0.0)
+        highest, logsum = log_normaliser(m, z)
+        highest = tl.where(active, highest, 0.0)
+        # An id outside the vocabulary makes its own row NaN, the gradient included.
+        logsum = tl.where(active, tl.where(known, logsum, float("nan")), 0.0)
+    tl.store(saved + HARD_MAX, highest)
+    tl.store(saved + HARD_LOGSUM, logsum)
+    tl.store(saved + HARD_TERM, hard)
+    return hard
+
+
+@triton.jit
 def conclude(
     row, weight, alpha, temperature, shares, student, teachers, student_row, target, state, loss,
     V, shift, smoothing, z_loss,
@@ -114,21 +135,9 @@ def conclude(
     counts = weight != 0
     tl.store(saved + WEIGHT, weight)
 
-    hard = tl.zeros([], tl.float32)
-    if HARD:
-        known, _, label_logit, pivot = label_of(student_row, target, row, V)
-        hard = hard_value(m1, z1, total, pivot, label_logit, V, smoothing, z_loss, SMOOTH)
-        active = counts & (alpha != 0)
-        hard = tl.where(active, tl.where(known, hard, float("nan")), 0.0)
-        highest, logsum = log_normaliser(m1, z1)
-        tl.store(saved + HARD_MAX, tl.where(active, highest, 0.0))
-        # An id outside the vocabulary makes its own row NaN, the gradient included.
-        tl.store(saved + HARD_LOGSUM, tl.where(active, tl.where(known, logsum, float("nan")), 0.0))
-    else:
-        tl.store(saved + HARD_MAX, 0.0)
-        tl.store(saved + HARD_LOGSUM, 0.0)
-    tl.store(saved + HARD_TERM, hard)
-
+    hard = conclude_hard(
+        saved, counts & (alpha != 0), m1, z1, total, student_row, target, row, V, smoothing, z_loss, HARD, SMOOTH
+    )
     soft = tl.zeros([], tl.float32)
     active = counts & (alpha != 1)
     if TEACHERS > 0:

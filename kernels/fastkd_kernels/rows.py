@@ -50,11 +50,12 @@ TEACHER_PARTIALS = tl.constexpr(5)
 FREE = {
     "do_not_specialize": [
         "student_stride", "teacher_stride", "gradient_stride", "upstream_stride",
-        "V", "shared", "chunk", "parts", "ignore_index",
+        "V", "shared", "chunk", "parts", "ignore_index", "count", "words",
     ],
     "do_not_specialize_on_alignment": [
         "student", "teacher", "target", "row_weight", "state", "loss", "partials", "gradient", "upstream", "scale",
         "alpha_rows", "temperature_rows", "share_rows",
+        "indices", "favourite", "marks", "wrong", "events", "slopes", "values", "spoilt",
     ],
 }  # fmt: skip
 

@@ -72,12 +72,24 @@ def moved(a, zt, ds, dt, KIND: tl.constexpr):
 
 
 @triton.jit
+def summed(total, tiles, pivot, i, first, last, R: tl.constexpr, K: tl.constexpr, EDGE: tl.constexpr):
+    """The sum of s - pivot with one step more. ``pivot`` keeps the digits of a sum of logits far from zero."""
+    for u in tl.static_range(len(tiles)):
+        beyond = tiles[u] - pivot
+        if EDGE:
+            at = i + offsets(R, K)
+            beyond = tl.where((at >= first) & (at < last), beyond, 0.0)
+        total += tl.sum(beyond, axis=1)
+    return total
+
+
+@triton.jit
 def see_student(
     student, tiles, c, pivot, i, first, last,
     R: tl.constexpr, K: tl.constexpr,
     SOFT: tl.constexpr, HARD: tl.constexpr, SMOOTH: tl.constexpr, AGREE: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """One step of the student's running numbers. ``pivot`` keeps the digits of a sum of logits far from zero."""
+    """One step of the student's running numbers."""
     m, z, z1, total, best = student
     top = raised(m, tiles)
     if SOFT:
@@ -90,12 +102,8 @@ def see_student(
             z += tl.sum(tl.exp2(below * c), axis=1)
         if HARD:
             z1 += tl.sum(tl.exp2(below * LOG2E), axis=1)
-        if SMOOTH:
-            beyond = tiles[u] - pivot
-            if EDGE:
-                at = i + offsets(R, K)
-                beyond = tl.where((at >= first) & (at < last), beyond, 0.0)
-            total += tl.sum(beyond, axis=1)
+    if SMOOTH:
+        total = summed(total, tiles, pivot, i, first, last, R, K, EDGE)
     if AGREE:
         best = first_at(best, m, top, tiles, i, R, K)
     return top, z, z1, total, best

@@ -138,12 +138,12 @@ def test_rows_of_other_alignment_than_their_teachers_have_a_kernel_of_their_own(
     assert _run("count", calls) == {"statistics": 2, "row_gradient": 2}
 
 
-def _run(task: str, argument: object) -> Any:
+def _run(task: str, argument: object, script: str = __file__) -> Any:
     root = Path(__file__).parents[1]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(root), str(root / "kernels")])
     done = subprocess.run(
-        [sys.executable, __file__, task, json.dumps(argument)], env=environment, capture_output=True, text=True
+        [sys.executable, script, task, json.dumps(argument)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)

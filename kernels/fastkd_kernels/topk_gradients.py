@@ -1,8 +1,7 @@
-# ruff: noqa: RUF005, SIM108 - Triton knows no starred tuples, and takes a branch at compile time where it can.
 """What the slopes of a sparse teacher's events do to the student's logits.
 
 4. ``named_gradients``, one small program a row, computes what the k ids get while their logits are still there.
-5. ``spread_gradient`` reads the student and writes all the rest: the tail's slope by the shares in it, and the hard term.
+5. ``spread_gradient`` reads the student and writes all else: the tail's slope by the shares in it, and the hard term.
 6. ``place_named`` puts the first over the second: launches come one after the other, whatever shared a row.
 """
 

@@ -1,4 +1,4 @@
-# ruff: noqa: RUF005 - Triton knows no starred tuples.
+# ruff: noqa: RUF005, SIM108 - Triton knows no starred tuples, and takes a branch at compile time where it can.
 """What the events of a sparse teacher are worth to the student: its k ids, and the tail, which is any other id.
 
 1. ``mark_named`` leaves a byte for every K neighbours of a row, with a bit for each that the teacher names.
@@ -161,7 +161,7 @@ def load_named(student_row, indices, row, j, count, shared, B: tl.constexpr):
 @triton.jit
 def see_named(student_row, indices, row, count, shared, shift, c, B: tl.constexpr):
     """max, sum at T, sum at 1, first position at the max, of the named ids."""
-    m, z, z1, _, best = no_student(B)
+    m, z, z1, _total, best = no_student(B)
     for j in range(0, count, B):
         _, x, id = load_named(student_row, indices, row, j, count, shared, B)
         top = tl.maximum(m, x)

@@ -114,6 +114,17 @@ def test_wrong_ids(impl: str, wrong: str) -> None:
         solve(impl, rows, ids, slopes)
 
 
+def test_rows_may_name_what_others_name(impl: str) -> None:
+    """Twice is twice in one row, and found after rows that are right."""
+    rows = make("soft", 4, 97)
+    ids = torch.tensor([[7, 3, -1]]).repeat(4, 1)
+    assert solve(impl, rows, ids, slopes_for(ids))[1].isfinite().sum() == 12
+    if impl != "triton":
+        ids[3] = torch.tensor([3, 7, 3])
+        with pytest.raises(ValueError, match=r"got 3 twice$"):
+            solve(impl, rows, ids, slopes_for(ids))
+
+
 def test_labels_and_temperatures_are_checked_too(impl: str) -> None:
     if impl == "triton":
         pytest.skip("a GPU says NaN")

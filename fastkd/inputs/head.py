@@ -38,6 +38,10 @@ class Head:
             operands' dtype, once; on a CPU not at all. ``"float32"``: nowhere.
         compact: Leave rows that ``ignore_index`` drops out of the matmuls. None: on a CPU yes; on a GPU no, since the
             host would have to wait for their number; True accepts that wait.
+        filter_eps: Leave parts of the logits (64 rows, 512 ids) out of the two backward matmuls where every |gradient|
+            is at most this, in units of probability: before row weights, normalizer and
+            upstream gradient. The error of a row of input's gradient is at most filter_eps, times those, times the sum
+            of |weight| over what is left out. 0 leaves nothing out. On a CPU only.
         workspace: Bytes for the logits of some rows, for this call; by default what :func:`fastkd.set_workspace` says.
 
     Raises:
@@ -60,6 +64,7 @@ class Head:
     softcap: float | None = None
     grad_precision: str | None = None
     compact: bool | None = None
+    filter_eps: float = 0.0
     workspace: int | None = None
 
     def __post_init__(self) -> None:
@@ -73,6 +78,8 @@ class Head:
             _checks.positive("Head", "softcap", self.softcap)
         if self.grad_precision is not None:
             _checks.choice("Head", "grad_precision", self.grad_precision, PRECISIONS)
+        if _checks.not_negative("Head", "filter_eps", self.filter_eps) and self.input.device.type != "cpu":
+            raise RuntimeError("Head: filter_eps runs on a CPU alone: the matmuls of a GPU cannot leave tiles out")
         if self.workspace is not None:
             _checks.count("Head", "workspace", self.workspace)
 

@@ -173,7 +173,8 @@ class Chunks:
     def _add(self, rows: Rows, problem: LogitRows, state: Tensor, scale: Tensor, upstream: Tensor) -> None:
         past = past_the_logits(problem, state, scale, upstream) if problem.expected else None
         gradient = self.term.backward(problem, state, scale, upstream)
-        self.source.add(rows, problem.student, gradient)
+        unit = (state[:, _rows.WEIGHT] * upstream * (scale if self.rows.reduce else 1)).abs()
+        self.source.add(rows, problem.student, gradient, unit)
         if past is not None:
             self.source.add_to_input(rows, past)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .._topk_rows import refuse_wrong_ids, wrong_ids
 from ..inputs import Head, TopK
 from ..inputs.topk import ABSENT
+from ._filter import ROWS, kept
 from ._logit_autograd import flatten
 
 Rows = slice | Tensor
@@ -108,7 +109,7 @@ class Computed:
             if head.scale != 1:
                 out.mul_(head.scale)
         else:
-            for ids, slab in self.slabs():
+            for ids, slab in self.slabs([slice(0, self.vocabulary)]):
                 part = out[:, ids]
                 if self.bias is None:
                     torch.addmm(part, hidden, slab.t(), beta=0, alpha=head.scale, out=part)
@@ -119,14 +120,15 @@ class Computed:
             out.div_(head.softcap).tanh_().mul_(head.softcap)
         return out
 
-    def slabs(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weight in the logits' dtype, in parts where that is not its own."""
+    def slabs(self, ranges: Sequence[slice]) -> Iterator[tuple[slice, Tensor]]:
+        """These ids of the weight in the logits' dtype, in parts where that is not its own."""
         step = self.vocabulary
         if self.weight.dtype is not self.dtype:
             step = max(1, SLAB // (self.weight.shape[1] * self.dtype.itemsize or 1))
-        for begin in range(0, self.vocabulary, step):
-            ids = slice(begin, min(begin + step, self.vocabulary))
-            yield ids, self.weight[ids].to(self.dtype)
+        for wide in ranges:
+            for begin in range(wide.start, wide.stop, step):
+                ids = slice(begin, min(begin + step, wide.stop))
+                yield ids, self.weight[ids].to(self.dtype)
 
 
 class StoredStudent(Stored):
@@ -149,7 +151,7 @@ class StoredStudent(Stored):
     def add_to_input(self, rows: Rows, gradient: Tensor) -> None:
         raise NotImplementedError("stored logits have no hidden states")
 
-    def add(self, rows: Rows, logits: Tensor, gradient: Tensor) -> None:
+    def add(self, rows: Rows, logits: Tensor, gradient: Tensor, unit: Tensor) -> None:
         (total,) = self.gradients
         assert total is not None
         put(total, rows, gradient)
@@ -164,11 +166,12 @@ class ComputedStudent(Computed):
     def __init__(self, head: Head, wanted: Sequence[bool]) -> None:
         super().__init__(head)
         self.overwrite = head.softcap is None  # its slope needs the logits
+        self.rounded = None if head.grad_precision == "float32" else self.narrow  # of the gradient, before its matmuls
         if any(wanted):
             logits = self.bytes_per_row
             self.bytes_per_row += 0 if self.overwrite else logits
-            self.bytes_per_row += 0 if self.narrow is None else self.vocabulary * self.narrow.itemsize
-        self.fresh = True  # nothing was added yet
+            self.bytes_per_row += 0 if self.rounded is None else self.vocabulary * self.rounded.itemsize
+        self.fresh = head.filter_eps == 0  # the first matmul need not read what it adds to
         self.counts: Tensor | None = None  # (N, 1): which rows count, where the others are computed too
         self.gradients: list[Tensor | None] = [
             torch.zeros(x.shape, dtype=self.dtype, device=x.device) if want else None
@@ -184,41 +187,53 @@ class ComputedStudent(Computed):
         if of_input is not None:
             put(of_input, rows, take(of_input, rows) + self.head.scale * gradient.to(self.dtype))
 
-    def add(self, rows: Rows, logits: Tensor, gradient: Tensor) -> None:
-        """``gradient`` is that of the logits of these rows, and is used up."""
+    def add(self, rows: Rows, logits: Tensor, gradient: Tensor, unit: Tensor) -> None:
+        """``gradient`` is that of the logits of these rows, and is used up. ``unit``: see ``_filter.py``."""
         head = self.head
         if head.softcap is not None:  # d tanh = 1 - tanh^2
             gradient.addcmul_(gradient, logits.square_(), value=-1 / head.softcap**2)
         of_input, of_weight, *of_bias = self.gradients
         if of_bias and of_bias[0] is not None:
             of_bias[0].add_(gradient.sum(0), alpha=head.scale)
-        if self.narrow is not None:
-            gradient = gradient.to(self.narrow)
+        blocks = self._blocks(gradient, unit)
+        if self.rounded is not None:
+            gradient = gradient.to(self.rounded)
         if of_input is not None:
-            put(of_input, rows, self._times_weight(gradient))
+            parts = [self._times_weight(gradient[block], ranges) for block, ranges in blocks]
+            put(of_input, rows, parts[0] if len(parts) == 1 else torch.cat(parts))
         if of_weight is not None:
-            hidden = self.operand(rows)
+            hidden = take(self.input, rows).to(self.rounded or self.dtype)
             if self.counts is not None:  # a dropped row may hold NaN, and NaN * 0 is not 0
                 hidden = torch.where(take(self.counts, rows), hidden, 0)
-            self._add_outer(of_weight, gradient, hidden)
+            for block, ranges in blocks:
+                for ids in ranges:
+                    self._add_outer(of_weight[ids], gradient[block, ids], hidden[block])
         self.fresh = False
 
     def finish(self) -> list[Tensor | None]:
         return self.gradients
 
-    def _times_weight(self, gradient: Tensor) -> Tensor:
+    def _blocks(self, gradient: Tensor, unit: Tensor) -> list[tuple[slice, list[slice]]]:
+        """Rows, and the ranges of ids that the backward matmuls of these rows are over."""
+        eps, rows = self.head.filter_eps, len(gradient)
+        if eps == 0:
+            return [(slice(0, rows), [slice(0, self.vocabulary)])]
+        blocks = [slice(begin, begin + ROWS) for begin in range(0, rows, ROWS)]
+        return [(block, kept(gradient[block], unit[block], eps)) for block in blocks]
+
+    def _times_weight(self, gradient: Tensor, ranges: Sequence[slice]) -> Tensor:
         scale = self.head.scale
-        if self.narrow is not None:
+        if self.rounded is not None:
             result = torch.mm(gradient, self.weight, out_dtype=self.dtype)
             return result if scale == 1 else result.mul_(scale)
-        result = gradient.new_empty((len(gradient), self.weight.shape[1]))
-        for ids, slab in self.slabs():
-            torch.addmm(result, gradient[:, ids], slab, beta=0 if ids.start == 0 else 1, alpha=scale, out=result)
+        result = gradient.new_zeros((len(gradient), self.weight.shape[1]))
+        for ids, slab in self.slabs(ranges):
+            torch.addmm(result, gradient[:, ids], slab, alpha=scale, out=result)
         return result
 
     def _add_outer(self, total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
         beta, scale = 0 if self.fresh else 1, self.head.scale
-        if self.narrow is not None:
+        if self.rounded is not None:
             torch.addmm(total, gradient.t(), hidden, out_dtype=self.dtype, beta=beta, alpha=scale, out=total)
         else:
             torch.addmm(total, gradient.t(), hidden, beta=beta, alpha=scale, out=total)
@@ -226,7 +241,7 @@ class ComputedStudent(Computed):
 
 def _operand_dtype(head: Head) -> torch.dtype | None:
     """The 16-bit dtype whose matmul can return unrounded float32 here, if the operands have or get it."""
-    if not head.input.is_cuda or head.grad_precision == "float32":
+    if not head.input.is_cuda:
         return None
     if torch.is_autocast_enabled("cuda") and head.dtype is torch.float32:
         return torch.get_autocast_dtype("cuda")

@@ -191,7 +191,10 @@ class ComputedStudent(Computed):
         """``gradient`` is that of the logits of these rows, and is used up. ``unit``: see ``_filter.py``."""
         head = self.head
         if head.softcap is not None:  # d tanh = 1 - tanh^2
-            gradient.addcmul_(gradient, logits.square_(), value=-1 / head.softcap**2)
+            squares = logits.square_()
+            if self.counts is not None:  # a dropped row may hold NaN, and NaN * 0 is not 0
+                squares.masked_fill_(~take(self.counts, rows), 0)
+            gradient.addcmul_(gradient, squares, value=-1 / head.softcap**2)
         of_input, of_weight, *of_bias = self.gradients
         if of_bias and of_bias[0] is not None:
             of_bias[0].add_(gradient.sum(0), alpha=head.scale)
@@ -203,7 +206,7 @@ class ComputedStudent(Computed):
             put(of_input, rows, parts[0] if len(parts) == 1 else torch.cat(parts))
         if of_weight is not None:
             hidden = take(self.input, rows).to(self.rounded or self.dtype)
-            if self.counts is not None:  # a dropped row may hold NaN, and NaN * 0 is not 0
+            if self.counts is not None:
                 hidden = torch.where(take(self.counts, rows), hidden, 0)
             for block, ranges in blocks:
                 for ids in ranges:

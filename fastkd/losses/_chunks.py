@@ -47,6 +47,8 @@ class Chunks:
         self.op, self.impl, self.dim, self.device = op, impl, dim, student.device
         shape = student.shape
         self.count = math.prod((*shape[:dim], *shape[dim + 1 :]))
+        half = isinstance(student, Tensor) and student.dtype is torch.float16
+        self.scaled = self.device.type == "cpu" and not half
         others = len(teachers) + len(rows.sparse) + len(rows.expected)
         self.adds = vocab_map is not None or others > 1  # gradients of several terms, each (rows, V)
         self.vocab_map, self.student_topk = vocab_map, student_topk
@@ -199,13 +201,13 @@ class Chunks:
     def _inside(self) -> Tensor:
         """The part of the scale that is in the kept gradients.
 
-        On a CPU all of it: nothing remains to be done where the upstream gradient is 1. On a GPU nothing: gradients are
-        rounded to 16 bits on their way, and those of a mean over many rows would be lost in float16.
+        On a CPU all of it: nothing remains to be done where the upstream gradient is 1. On a GPU, where gradients are
+        rounded to 16 bits on their way, and for float16 logits nothing: those of a mean over many rows would be lost.
         """
-        return self.scale() if self.device.type == "cpu" else self._one()
+        return self.scale() if self.scaled else self._one()
 
     def outside(self) -> Tensor:
-        return self._one() if self.device.type == "cpu" else self.scale()
+        return self._one() if self.scaled else self.scale()
 
 
 def _source(given: Given, dim: int, shared: int) -> Computed | Spread | Stored:

@@ -162,7 +162,7 @@ def _kept(logits: Logits, indices: Tensor) -> Tensor | None:
         places = _vocab_map.places(logits.vocab_map)
         known = (indices >= 0) & (indices < len(places))
         return torch.where(known, places[torch.where(known, indices, 0)], indices)
-    if logits.shared < logits.vocabulary:
+    if logits.cut:
         return torch.where(indices >= logits.shared, ABSENT, indices)
     return None
 

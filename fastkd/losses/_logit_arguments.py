@@ -34,7 +34,7 @@ class Logits:
 
     __slots__ = (
         *("anchor", "computed", "constants", "count", "dim", "dtype", "op"),
-        *("plain", "shape", "shared", "student", "teachers", "vocab_map", "vocabulary"),
+        *("cut", "plain", "shape", "shared", "student", "teachers", "vocab_map", "vocabulary"),
     )
 
     def __init__(
@@ -65,6 +65,7 @@ class Logits:
         if vocabulary == 0:
             _checks.bad_value(op, "student", "have at least one class", f"shape {tuple(shape)}")
         self.shared = vocabulary
+        self.cut = shared_vocab is not None  # a teacher may know ids that the student does not
         if mapping is not None:
             self._map(mapping, shared_vocab)
         for tensor in self.teachers:

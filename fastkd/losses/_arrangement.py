@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks, _dispatch
-from .._rows import ExpectedTeacher, LogitRows, SparseTeacher, state_width
+from .._rows import ExpectedTeacher, LogitRows, SparseTeacher, state_width, weights
 from ..inputs import Expected, Head, TopK
 from ..inputs.topk import ABSENT
 from . import _vocab_map
@@ -20,6 +20,7 @@ from .terms.mapped import Mapped
 from .terms.several import Several
 from .terms.student_topk import StudentTopK
 from .terms.topk import WithTopK
+from .terms.weighing import column, soft_rows
 
 EVERY = ("forward_kl", "skew_kl", "jsd", "tvd", "cross_entropy", "reverse_kl", "skew_reverse_kl")
 TAKES = {  # the divergences that a tail has
@@ -107,7 +108,7 @@ def _sparse(
     kept = _kept(logits, indices)
     log_probs = torch.where((indices if kept is None else kept) == ABSENT, -torch.inf, log_probs)
     if kept is None and tail in ("bucket", "uniform"):
-        _check_sum(logits, rows, log_probs)
+        _check_sum(logits, rows, log_probs, weight)
     else:
         log_probs, tail = _whole(log_probs), "support" if tail == "support" else "whole"
     indices = logits.constant(indices if kept is None else kept)
@@ -173,14 +174,13 @@ def _whole(log_probs: Tensor) -> Tensor:
     return torch.where(total == -torch.inf, log_probs, log_probs - total)
 
 
-def _check_sum(logits: Logits, rows: LogitRows, log_probs: Tensor) -> None:
+def _check_sum(logits: Logits, rows: LogitRows, log_probs: Tensor, weight: float | Tensor) -> None:
     """Logits, or probabilities, in the place of log-probabilities: seen where looking does not wait for a device."""
     if log_probs.device.type != "cpu" or torch.compiler.is_compiling() or not logits.lie_in_memory():
         return
     sums = log_probs.double().exp().sum(1)
-    wrong = sums > MOST
-    if rows.target is not None:
-        wrong &= rows.target != rows.ignore_index
+    counts = soft_rows(rows, weights(rows, logits.count, log_probs)) & (column(weight, sums) != 0)
+    wrong = (sums > MOST) & counts
     if bool(wrong.any()):
         rule = "hold log-probabilities that add up to at most 1 in a row"
         _checks.bad_value(logits.op, "teacher.log_probs", rule, float(sums[wrong][0]))

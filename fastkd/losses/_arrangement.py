@@ -101,8 +101,9 @@ def _sparse(
     indices = teacher.indices.detach().reshape(-1, teacher.k).to(torch.int64).contiguous()
     log_probs = teacher.log_probs.detach().reshape(-1, teacher.k).to(logits.dtype)
     if tail in CONVERTED:
-        ratio = teacher.temperature / temperature
-        log_probs = log_probs * (ratio.to(log_probs.dtype).unsqueeze(1) if isinstance(ratio, Tensor) else ratio)
+        if isinstance(temperature, Tensor):
+            temperature = _usable(logits, temperature).to(log_probs.dtype).unsqueeze(1)
+        log_probs = log_probs * (teacher.temperature / temperature)
     else:
         _same_temperature(op, f"TopK of tail {tail!r}", teacher.temperature, temperature, CONVERTED)
     kept = _kept(logits, indices)
@@ -157,6 +158,15 @@ def _same_temperature(
         _checks.bad_value(op, "teacher_temperature", rule, got)
 
 
+def _usable(logits: Logits, temperature: Tensor) -> Tensor:
+    """One per row. What is none is refused where looking does not wait for a device, elsewhere its row is NaN."""
+    wrong = ~((temperature > 0) & (temperature < torch.inf))
+    if _can_look(logits, temperature) and bool(wrong.any()):
+        rule = "be positive and finite in every row"
+        _checks.bad_value(logits.op, "teacher_temperature", rule, float(temperature[wrong][0]))
+    return torch.where(wrong, torch.nan, temperature)
+
+
 def _kept(logits: Logits, indices: Tensor) -> Tensor | None:
     """The ids as positions among the shared ones, if some may have to be dropped. What is no id at all stays wrong."""
     if logits.vocab_map is not None:
@@ -176,7 +186,7 @@ def _whole(log_probs: Tensor) -> Tensor:
 
 def _check_sum(logits: Logits, rows: LogitRows, log_probs: Tensor, weight: float | Tensor) -> None:
     """Logits, or probabilities, in the place of log-probabilities: seen where looking does not wait for a device."""
-    if log_probs.device.type != "cpu" or torch.compiler.is_compiling() or not logits.lie_in_memory():
+    if not _can_look(logits, log_probs):
         return
     sums = log_probs.double().exp().sum(1)
     counts = soft_rows(rows, weights(rows, logits.count, log_probs)) & (column(weight, sums) != 0)
@@ -184,3 +194,7 @@ def _check_sum(logits: Logits, rows: LogitRows, log_probs: Tensor, weight: float
     if bool(wrong.any()):
         rule = "hold log-probabilities that add up to at most 1 in a row"
         _checks.bad_value(logits.op, "teacher.log_probs", rule, float(sums[wrong][0]))
+
+
+def _can_look(logits: Logits, data: Tensor) -> bool:
+    return data.device.type == "cpu" and not torch.compiler.is_compiling() and logits.lie_in_memory()

@@ -34,7 +34,7 @@ class WithTopK:
         state[:, SOFT] = torch.where(active, share * squared(rows, state) * values.double(), 0.0)
         state[:, TEACHER_AGREES] *= share
         state = torch.cat([state, events.double(), inside], 1)
-        return loss_of(rows, state, events.dtype)
+        return loss_of(rows, state, torch.promote_types(events.dtype, teacher.log_probs.dtype))
 
     def backward(self, rows: LogitRows, state: Tensor, scale: float | Tensor, grad_loss: Tensor) -> Tensor:
         (teacher,) = rows.sparse

@@ -53,8 +53,8 @@ def past_the_logits(rows: LogitRows, state: Tensor, scale: float | Tensor, grad_
     """(N, H): what of the gradient to ``scale * x`` does not come from the logits."""
     total = None
     for teacher in rows.expected:
-        part = teacher.mean.double() * -_slope(rows, teacher, state, scale, grad_loss).unsqueeze(1)
-        part = torch.where((part == 0) | (column(teacher.weight, state) != 0).view(-1, 1), part, 0.0)
+        slope = _slope(rows, teacher, state, scale, grad_loss).unsqueeze(1)
+        part = torch.where(slope == 0, 0.0, teacher.mean.double() * -slope)
         total = part if total is None else total + part
     return total
 

@@ -12,7 +12,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 SLAB = 2**22  # elements that are widened to float64 at a time
 CLOSE = 1e-9  # devices add up in another order
 
-_known: Any = WeakIdKeyDictionary()  # tensor -> (its version, its sum)
+INFINITE = {"nan": 3.0, "posinf": 5.0, "neginf": -7.0}  # a bias of -inf masks an id
+
+_known: Any = WeakIdKeyDictionary()  # tensor -> (its version and address, its sum)
 
 
 def checksum(weight: Tensor, bias: Tensor | None) -> float:
@@ -28,15 +30,16 @@ def agree(one: float, other: float) -> bool:
 
 
 def _sum(tensor: Tensor) -> float:
-    version = -1 if tensor.is_inference() else tensor._version
-    if tensor in _known and _known[tensor][0] == version:
+    # Tensors of inference mode count no versions; `tensor.data = other` is none.
+    version = None if tensor.is_inference() else (tensor._version, tensor.data_ptr())
+    if version is not None and tensor in _known and _known[tensor][0] == version:
         return float(_known[tensor][1])
     rows = tensor.detach().reshape(len(tensor), -1)
     width = rows.shape[1]
     columns = torch.sin(1 + 0.7548776662 * torch.arange(width, dtype=torch.float64, device=rows.device))
     step, total = max(1, SLAB // max(1, width)), rows.new_zeros((), dtype=torch.float64)
     for begin in range(0, len(rows), step):
-        part = rows[begin : begin + step].double()
+        part = rows[begin : begin + step].double().nan_to_num_(**INFINITE)
         lines = torch.arange(begin, begin + len(part), dtype=torch.float64, device=rows.device)
         total += (part @ columns) @ torch.cos(0.5698402910 * lines)
     _known[tensor] = version, float(total)

@@ -120,7 +120,7 @@ def _moments(logits: Tensor, weight: Tensor, bias: Tensor | None, temperature: f
     wide = torch.float64 if torch.float64 in (logits.dtype, weight.dtype) else torch.float32
     log_p = torch.log_softmax(logits.to(wide) / temperature, -1)
     p = log_p.exp()
-    offset = p.new_zeros(len(p)) if bias is None else p @ bias.to(wide)
+    offset = p.new_zeros(len(p)) if bias is None else torch.where(p == 0, 0.0, p * bias.to(wide)).sum(-1)
     step = max(1, 2**22 // max(1, weight.shape[1]))
     mean = p.new_zeros(len(p), weight.shape[1])
     for begin in range(0, len(weight), step):

@@ -33,12 +33,12 @@ def places(mapping: Tensor) -> Tensor:
 
 def pairs(op: str, value: Tensor, student: int) -> Tensor:
     """``(2, n)``: ids of the student and of the teacher that mean the same. Looking at them waits for a GPU, once."""
-    key = (-1 if value.is_inference() else value._version, student)
-    if value in _known and _known[value][0] == key:
-        return _known[value][1]  # type: ignore[no-any-return]
-    made = _make(op, value.detach().long(), student)
-    _known[value] = key, made
-    return made
+    if value.is_inference():  # it counts no versions
+        return _make(op, value.long(), student)
+    key = (value._version, student)
+    if value not in _known or _known[value][0] != key:
+        _known[value] = key, _make(op, value.detach().long(), student)
+    return _known[value][1]  # type: ignore[no-any-return]
 
 
 def _make(op: str, ids: Tensor, vocabulary: int) -> Tensor:

@@ -26,6 +26,9 @@ class Mapped:
         values, own, _ = self.soft.forward(self._problem(rows, state))
         state[:, SOFT] = values.double()
         state[:, TEACHER_AGREES] = own[:, TEACHER_AGREES]
+        if rows.agreement:  # the best id of all, not of the pairs
+            best = rows.student.index_select(1, self.student_ids).argmax(1)
+            state[:, TEACHER_AGREES] *= rows.student.argmax(1) == self.student_ids[best]
         return loss_of(rows, torch.cat([state, own], 1), loss.dtype)
 
     def backward(self, rows: LogitRows, state: Tensor, scale: float | Tensor, grad_loss: Tensor) -> Tensor:

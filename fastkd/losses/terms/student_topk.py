@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._rows import LogitRows, SparseTeacher, weights
+from ..._rows import TEACHER_AGREES, WEIGHT, LogitRows, SparseTeacher, weights
 from . import Term
-from .weighing import NO_TEACHERS, inner, soft_rows
+from .weighing import NO_TEACHERS, column, inner, soft_rows
 
 
 class StudentTopK:
@@ -28,6 +28,8 @@ class StudentTopK:
         events = [self._events(rows, i, ids, active) for i in range(len(rows.teachers))]
         problem = _problem(rows, ids, events)
         loss, state, scale = self._term(rows).forward(problem)
+        if rows.agreement:
+            _agreement(rows, problem, state)
         return loss, torch.cat([state, ids.double(), *(x.double() for x in events)], 1), scale
 
     def backward(self, rows: LogitRows, state: Tensor, scale: float | Tensor, grad_loss: Tensor) -> Tensor:
@@ -52,3 +54,12 @@ def _problem(rows: LogitRows, ids: Tensor, events: list[Tensor]) -> LogitRows:
     weight: Sequence[float | Tensor] = shares.unbind(1) if isinstance(shares, Tensor) else shares
     sparse = tuple(SparseTeacher(ids, x, "events", share) for x, share in zip(events, weight, strict=True))
     return replace(rows, **NO_TEACHERS | {"sparse": sparse})
+
+
+def _agreement(rows: LogitRows, problem: LogitRows, state: Tensor) -> None:
+    """With the teachers' best ids of all, which may be none of the student's k."""
+    best, counts = rows.student.argmax(1), state[:, WEIGHT] != 0
+    state[:, TEACHER_AGREES] = 0.0
+    for teacher, sparse in zip(rows.teachers, problem.sparse, strict=True):
+        agrees = (teacher[:, : rows.shared].argmax(1) == best) & counts
+        state[:, TEACHER_AGREES] += torch.where(agrees, column(sparse.weight, state), 0.0)

@@ -91,6 +91,9 @@ class Chunks:
         self.taught = [_source(x, self.dim, shared) for x in self.teachers]
         sources = [self.source, *self.taught]
         weight = _rows.weights(self.rows, self.count, torch.empty(0, device=self.device))
+        for source in self.taught:
+            if isinstance(source, Spread):
+                source.counts = weight != 0
         self.divisor: float | Tensor = weight.sum() if self.rows.divisor is None else self.rows.divisor
         if isinstance(self.divisor, Tensor) and not self.divisor.is_cuda:
             self.divisor = float(self.divisor)

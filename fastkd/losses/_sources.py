@@ -58,6 +58,7 @@ class Spread:
         self.log_probs = teacher.log_probs.detach().reshape(-1, teacher.k).to(wide)
         self.vocabulary = vocabulary
         self.bytes_per_row = vocabulary * wide.itemsize
+        self.counts: Tensor  # (N,): in the other rows any id may stand
 
     def prepare(self, chunk: int) -> None:
         self.buffer = self.log_probs.new_empty((chunk, self.vocabulary + 1))
@@ -66,7 +67,7 @@ class Spread:
         indices, log_probs = take(self.indices, rows), take(self.log_probs, rows)
         wrong = wrong_ids(indices, self.vocabulary)
         if not indices.is_cuda:
-            refuse_wrong_ids(indices, self.vocabulary)
+            refuse_wrong_ids(indices[take(self.counts, rows)], self.vocabulary)
         known = indices != ABSENT
         others = self.vocabulary - known.sum(1, keepdim=True)
         rest = (1 - torch.where(known, log_probs.double().exp(), 0.0).sum(1, keepdim=True)).clamp(min=0)

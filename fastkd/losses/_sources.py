@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .._topk_rows import refuse_wrong_ids, wrong_ids
 from ..inputs import Head, TopK
-from ..inputs.topk import ABSENT
 from ._filter import ROWS, kept
 from ._logit_autograd import flatten
 
@@ -65,18 +64,18 @@ class Spread:
 
     def logits(self, rows: Rows) -> Tensor:
         indices, log_probs = take(self.indices, rows), take(self.log_probs, rows)
-        wrong = wrong_ids(indices, self.vocabulary)
+        wrong = wrong_ids(indices, self.vocabulary).any(1, keepdim=True)
         if not indices.is_cuda:
             refuse_wrong_ids(indices[take(self.counts, rows)], self.vocabulary)
-        known = indices != ABSENT
+        known = (indices >= 0) & (indices < self.vocabulary)
         others = self.vocabulary - known.sum(1, keepdim=True)
         rest = (1 - torch.where(known, log_probs.double().exp(), 0.0).sum(1, keepdim=True)).clamp(min=0)
         each = torch.where(others == 0, 0.0, rest / others).log().to(log_probs.dtype)
         out = self.buffer[: len(indices)]
-        out.copy_(torch.where(wrong.any(1, keepdim=True), torch.nan, each).expand_as(out))
+        out.copy_(torch.where(wrong, torch.nan, each).expand_as(out))
         # What is no id goes into a column beyond the last.
-        place = torch.where(known & ~wrong, indices, self.vocabulary)
-        return out.scatter_(1, place, log_probs)[:, : self.vocabulary]
+        place = torch.where(known, indices, self.vocabulary)
+        return out.scatter_(1, place, torch.where(wrong, torch.nan, log_probs))[:, : self.vocabulary]
 
 
 class Computed:

@@ -94,4 +94,6 @@ def _taught(rows: LogitRows, teacher: SparseTeacher) -> Tensor:
         rest = torch.zeros_like(log_probs[:, :1], dtype=torch.float64)
     if rows.divergence in REVERSE:
         rest = rest.clamp(min=FLOOR)
+    # Where all ids are named there is no other, whatever rounding leaves over.
+    rest = torch.where((teacher.indices >= 0).sum(1, keepdim=True) == rows.shared, 0.0, rest)
     return torch.cat([log_probs, rest.log().to(log_probs.dtype)], 1)

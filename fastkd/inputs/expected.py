@@ -108,7 +108,7 @@ class Expected:
             parts = [_moments(logits, weight, bias, temperature) for _, logits in _by_rows(teacher)]
             mean, offset, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
         return cls(
-            mean.view(*shape, -1),
+            mean.view(*shape, weight.shape[1]),
             bias=None if bias is None else offset.view(shape),
             entropy=entropies.view(shape) if entropy else None,
             temperature=temperature,

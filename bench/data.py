@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,3 +47,49 @@ def as_output(memory: Tensor) -> Tensor:
     """Logits as a model hands them out, in memory that is there already: neither a leaf nor a view of one."""
     output: Tensor = _Output.apply(torch.zeros((), device=memory.device, requires_grad=True), memory)
     return output
+
+
+class Heads(NamedTuple):
+    """What two heads compute their logits from, and the target."""
+
+    input: Tensor  # (rows, hidden)
+    weight: Tensor  # (vocab, hidden)
+    teacher_input: Tensor
+    teacher_weight: Tensor
+    target: Tensor
+
+
+def peaked_heads(
+    rows: int,
+    vocab: int,
+    hidden: int,
+    teacher_hidden: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int = 0,
+) -> Heads:
+    """Hidden states and matrices whose logits are like those of :func:`peaked_pair`.
+
+    The rows of a matrix have a length of about 1, so that adding one, times a height, to a hidden state makes a peak.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device, generator=generator)
+
+    def ids(count: int) -> Tensor:
+        return torch.randint(vocab, (rows, count), device=device, generator=generator)
+
+    heights = torch.rand(rows, PEAKS, 1, device=device, generator=generator).mul_(HEIGHT).to(dtype)
+
+    def head(size: int, peaks: Tensor) -> tuple[Tensor, Tensor]:
+        weight = normal(vocab, size).mul_(size**-0.5)
+        return normal(rows, size).mul_(2).add_((heights * weight[peaks]).sum(1)), weight
+
+    peaks = ids(PEAKS)
+    teacher = head(teacher_hidden, peaks)
+    peaks = torch.cat([ids(1), peaks[:, 1:]], -1)
+    student = head(hidden, peaks)
+    known = torch.arange(rows, device=device) % 2 == 0
+    return Heads(*student, *teacher, torch.where(known, peaks[:, -1], ids(1)[:, 0]))

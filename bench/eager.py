@@ -61,7 +61,8 @@ ON_LOG_PROBABILITIES = {
 }
 
 
-def _soft(divergence: str) -> Callable[[Tensor, Tensor], Tensor]:
+def soft_loss(divergence: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """T^2 times the divergence, of student and teacher."""
     if divergence == "mse":
         return lambda student, teacher: F.mse_loss(student, teacher)
 
@@ -81,7 +82,7 @@ def _soft(divergence: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def eager(divergence: str) -> Loss:
-    soft = _soft(divergence)
+    soft = soft_loss(divergence)
 
     def loss(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
         return ALPHA * F.cross_entropy(student, target) + (1 - ALPHA) * soft(student, teacher)

@@ -53,18 +53,18 @@ def check_gradient(who: str, got: Tensor, want: Expected) -> None:
     bar = finfo.eps * want.grad.abs() + finfo.eps * finfo.tiny + SLACK * want.grad_error + want.forgiven
     if not want.grad.abs().max() > 0:
         raise Wrong(f"{who}: the expected gradient is 0 everywhere, so this check sees nothing")
-    _within(f"{who}: gradient", got.double(), want.grad, bar)
+    within(f"{who}: gradient", got.double(), want.grad, bar)
 
 
 def check_losses(who: str, got: Tensor, want: Expected) -> None:
     bar = torch.finfo(torch.float32).eps * want.loss.abs() + SLACK * want.loss_error
-    _within(f"{who}: loss", got.double(), want.loss, bar)
+    within(f"{who}: loss", got.double(), want.loss, bar)
 
 
 def check_mean(who: str, got: Tensor, exact: Tensor, sample: Expected) -> None:
     """A mean over many rows, a sample of which says how far off float32 is."""
     bar = torch.finfo(torch.float32).eps * exact.abs() + SLACK * sample.loss_error.max()
-    _within(f"{who}: loss", got.double(), exact, bar)
+    within(f"{who}: loss", got.double(), exact, bar)
 
 
 def check_eager(
@@ -72,7 +72,7 @@ def check_eager(
 ) -> None:
     """The right formula, to what its dtype can hold: relative error of the loss, and of the gradient in the L2 norm."""
     bar = EAGER_BAR[dtype]
-    _within(f"{who}: loss", loss.double(), exact, bar * exact.abs())
+    within(f"{who}: loss", loss.double(), exact, bar * exact.abs())
     if grad is not None:
         error = float((grad.double() - sample.grad).norm() / sample.grad.norm())
         if not error <= bar:
@@ -99,7 +99,7 @@ def _forgiven(student: Tensor, teacher: Tensor, options: dict[str, Any]) -> Tens
     return temperature * q * (ties + (q * ties).sum(-1, keepdim=True))
 
 
-def _within(what: str, got: Tensor, exact: Tensor, bar: Tensor) -> None:
+def within(what: str, got: Tensor, exact: Tensor, bar: Tensor) -> None:
     error = (got - exact).abs()
     excess = torch.where(got == exact, 0.0, error / bar)  # infinities that agree are no error
     if not bool((excess <= 1).all()):

@@ -172,13 +172,13 @@ def default_rows(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
 
 def _contender(name: str, arena: Arena, divergence: str, mode: str, impl: str | None) -> Contender:
     if name in OURS:
-        ran = _implementation(impl, arena.memory, arena.teacher)
+        ran = implementation(impl, arena.memory, arena.teacher)
         loss = _fastkd(divergence, impl, overwrite=name == "fastkd-overwrite")
     else:
         ran, loss = "", _rival(name, divergence, arena.memory.device)
     contender = Contender(name, arena.runner(mode, loss), arena.restore, ran)
     if name == "compiled":
-        _compile_now(contender)
+        compile_now(contender)
     return contender
 
 
@@ -214,7 +214,7 @@ def _rival(name: str, divergence: str, device: torch.device) -> Loss:
     return eager.liger(divergence)
 
 
-def _compile_now(contender: Contender) -> None:
+def compile_now(contender: Contender) -> None:
     contender.prepare()
     try:
         contender.run()
@@ -222,7 +222,7 @@ def _compile_now(contender: Contender) -> None:
         raise Unavailable(f"torch.compile fails here: {' '.join(str(error).split()[:40])}") from error
 
 
-def _implementation(impl: str | None, *tensors: Tensor) -> str:
+def implementation(impl: str | None, *tensors: Tensor) -> str:
     """The name of what runs."""
     try:
         module = _dispatch.pick("kd_loss", impl, tensors[0], tensors[1:])

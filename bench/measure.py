@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bench import bandwidth
+from bench.matmul import Matmul
 
 WARM_UPS = 2
 CLOCK_RAMP_SECONDS = 0.3
@@ -38,6 +39,7 @@ class Case:
     absent: dict[str, str] = field(default_factory=dict)  # who cannot run, and why
     least_bytes: int | None = None  # what no implementation can do without; None where launches are the cost
     least_exponentials: int | None = None  # the same
+    matmul: Matmul | None = None  # the matmuls that no implementation can do without
     calls: int = 1  # runs per reading of the clock; above 1 the caches stay warm
 
 

@@ -50,8 +50,13 @@ def rows_of(
     peaks: Mapping[str, Peak | None],
     copy: float | None = None,
     exp2: float | None = None,
+    matmul: float | None = None,
 ) -> list[Row]:
-    """One row a contender. ``copy``: bytes per second that a copy moved in the same rounds; ``exp2``: exponentials."""
+    """One row a contender.
+
+    ``copy``: bytes per second that a copy moved in the same rounds; ``exp2``: exponentials; ``matmul``: floating-point
+    operations.
+    """
     wall = {name: figures([sample.wall for sample in taken]) for name, taken in samples.items()}
     cpu_samples = {name: [sample.cpu for sample in taken if sample.cpu] for name, taken in samples.items()}
     cpu = {name: figures(seconds) for name, seconds in cpu_samples.items() if seconds}
@@ -63,6 +68,7 @@ def rows_of(
         name, peak = contender.name, peaks.get(contender.name)
         rate = case.least_bytes / wall[name].median if case.least_bytes else None
         exponentials = case.least_exponentials / wall[name].median if case.least_exponentials else None
+        operations = case.matmul.work / wall[name].median if case.matmul else None
         figures_of = {
             "provider": name,
             "impl": contender.impl,
@@ -77,6 +83,10 @@ def rows_of(
             "gexp_per_s": _scaled(exponentials, 1e-9),
             "exp2_gexp_per_s": _scaled(exp2, 1e-9),
             "percent_of_exp2": _scaled(exponentials / exp2 if exponentials and exp2 else None, 100),
+            "least_gflop": _scaled(case.matmul.work if case.matmul else None, 1e-9),
+            "gflop_per_s": _scaled(operations, 1e-9),
+            "matmul_gflop_per_s": _scaled(matmul, 1e-9),
+            "percent_of_matmul": _scaled(operations / matmul if operations and matmul else None, 100),
             **{f"times_{baseline}": _scaled(times(name, baseline, wall)) for baseline in BASELINES},
             **{f"cpu_times_{baseline}": _scaled(times(name, baseline, cpu)) for baseline in BASELINES},
             "peak_mib": _scaled(peak.beside_inputs if peak else None, 2**-20),

@@ -34,6 +34,7 @@ from bench import measure, memory, record, screen  # noqa: E402
 from bench.bandwidth import Copy  # noqa: E402
 from bench.exponentials import Exponentials  # noqa: E402
 from bench.gate import Wrong  # noqa: E402
+from bench.matmul import Matmul  # noqa: E402
 from bench.measure import Case, Contender  # noqa: E402
 
 ROUNDS = {"cpu": 15, "cuda": 30}
@@ -84,11 +85,13 @@ def measure_case(case: Case, shared: record.Row, device: torch.device, rounds: i
     if not case.contenders:
         return []
     contenders = list(case.contenders)
-    roofs: dict[str, Copy | Exponentials] = {}
+    roofs: dict[str, Copy | Exponentials | Matmul] = {}
     if case.least_bytes:
         roofs["copy"] = Copy(device)
     if case.least_exponentials:
         roofs["exp2"] = Exponentials(device)
+    if case.matmul:
+        roofs["matmul"] = case.matmul
     contenders += [Contender(name, roof) for name, roof in roofs.items()]
     title = " ".join(str(value) for value in case.labels.values())
     with tqdm(total=rounds * len(contenders), desc=title, leave=False, disable=None) as bar:

@@ -19,6 +19,7 @@ COLUMNS = {
     "gb_per_s": "GB/s",
     "percent_of_copy": "% of copy",
     "percent_of_exp2": "% of exp2",
+    "percent_of_matmul": "% of matmul",
     "times_eager": "x eager",
     "times_compiled": "x compiled",
     "cpu_times_eager": "CPU x eager",
@@ -57,4 +58,7 @@ def _roofs(row: Row) -> str:
         lines.append(f"at least {row['least_mb']} MB moved; a copy runs at {row['copy_gb_per_s']} GB/s")
     if row["least_mexp"]:
         lines.append(f"at least {row['least_mexp']} M exponentials; exp2 runs at {row['exp2_gexp_per_s']} G/s")
+    if row["least_gflop"]:
+        rate = f"the matmuls alone run at {row['matmul_gflop_per_s']} GFLOP/s"
+        lines.append(f"at least {row['least_gflop']} GFLOP in matmuls; {rate}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Write the table and the plot of README.md from the rows in bench/results.
+"""Write the tables and the plot of README.md from the rows in bench/results.
 
     python bench/readme.py
     python bench/readme.py --check
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
@@ -19,18 +20,22 @@ sys.path += [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in 
 from bench import plot, record  # noqa: E402
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-PROVIDERS = {
-    "eager": "eager",
-    "compiled": "compiled",
-    "liger": "Liger",
-    "fastkd": "fastkd",
-    "fastkd-overwrite": "fastkd, overwriting",
-}
-PROBLEM = ("machine", "threads", "dtype", "divergence", "mode", "rows", "vocab")
 PLOTTED = "forward_kl"
 WIDE_MARK = "†"
 TRAINING = "forward+backward"
+FROZEN = "frozen-head"
 Row = dict[str, str]
+
+
+class Family(NamedTuple):
+    """How the rows of a bench become a table."""
+
+    problem: tuple[str, ...]  # columns that tell one problem from another
+    providers: dict[str, str]  # in this order, with their headings
+    headings: tuple[str, str, str, str]  # of the columns before the providers and after them
+    size: Callable[[Row], str]
+    share: Callable[[Row], str]  # how close the row is to what no implementation can do without
+    beside: tuple[str, ...]  # whose memory is named beside fastkd's
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,12 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         print(f"{args.readme.name} must have one line {BEGIN} and one {END} after it")
         return 1
-    rows = latest(load(args.results, "kd"))
+    rows = latest(load(args.results, "kd"), LOGITS)
     if not rows:
         print(f"no rows of kd in {args.results}: run `python bench/run.py kd`")
         return 1
     image = args.results / "kd.png"
-    section = render(rows, latest(load(args.results, "call")), image, args.readme.parent)
+    calls, heads = latest(load(args.results, "call"), LOGITS), latest(load(args.results, "head"), HEADS)
+    section = render(rows, calls, heads, image, args.readme.parent)
     before, rest = text.split(BEGIN)
     wanted = f"{before}{BEGIN}\n{section}\n{END}{rest.split(END)[1]}"
     if args.check:
@@ -64,11 +70,11 @@ def load(results: Path, family: str) -> list[Row]:
     return [row for path in sorted(results.glob(f"{family}-*.csv")) for row in record.read(path)]
 
 
-def latest(rows: Iterable[Row]) -> list[Row]:
+def latest(rows: Iterable[Row], family: Family) -> list[Row]:
     """For every problem the rows of the last run that had it: ratios hold within a run alone."""
     runs: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        taken = runs.setdefault(tuple(row[field] for field in PROBLEM), [])
+        taken = runs.setdefault(tuple(row[field] for field in family.problem), [])
         if taken and taken[0]["date"] > row["date"]:
             continue
         if taken and taken[0]["date"] < row["date"]:
@@ -77,35 +83,40 @@ def latest(rows: Iterable[Row]) -> list[Row]:
     return [row for key in sorted(runs, key=_order) for row in runs[key]]
 
 
-def render(rows: Sequence[Row], calls: Sequence[Row], image: Path, folder: Path) -> str:
+def render(rows: Sequence[Row], calls: Sequence[Row], heads: Sequence[Row], image: Path, folder: Path) -> str:
     rows = [row for row in rows if row["mode"] == TRAINING]
     link = image.resolve().relative_to(folder.resolve()).as_posix()
     parts = [f"![Speed of kd_loss against eager PyTorch]({link})"]
     for machine in dict.fromkeys(_machine(row) for row in rows):
         here = [row for row in rows if _machine(row) == machine]
         one_call = [row for row in calls if _machine(row) == machine]
-        parts += [_table(here), _caption(machine, here, one_call)]
+        parts += [_table(here, LOGITS), _caption(machine, here, one_call)]
+    heads = [row for row in heads if row["hard_term"] == "yes" and not row["workspace_mib"]]
+    for machine in dict.fromkeys(_machine(row) for row in heads):
+        here = [row for row in heads if _machine(row) == machine]
+        parts += [_table(here, HEADS), _head_caption(machine, here)]
     parts.append("This section is written by `python bench/readme.py`.")
     return "\n\n".join(parts)
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[Row], family: Family) -> str:
     problems: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        problems.setdefault(tuple(row[field] for field in PROBLEM), {})[row["provider"]] = row
-    providers = [name for name in PROVIDERS if any(name in found for found in problems.values())]
-    heads = ["loss", "logits", *(PROVIDERS[name] for name in providers), "of floor", "extra memory"]
-    lines = [heads, ["---", "---"] + ["---:"] * (len(heads) - 2)]
+        problems.setdefault(tuple(row[field] for field in family.problem), {})[row["provider"]] = row
+    providers = [name for name in family.providers if any(name in found for found in problems.values())]
+    first, second, *last = family.headings
+    headings = [first, second, *(family.providers[name] for name in providers), *last]
+    lines = [headings, ["---", "---"] + ["---:"] * (len(headings) - 2)]
     for found in problems.values():
         any_row = next(iter(found.values()))
         ours = found.get("fastkd", {})
         lines.append(
             [
                 f"`{any_row['divergence']}`",
-                f"{any_row['rows']} x {int(any_row['vocab']):,} {any_row['dtype']}",
+                family.size(any_row),
                 *(_cell(found.get(name)) for name in providers),
-                _of_floor(ours),
-                _memory(found),
+                family.share(ours),
+                _memory(found, family.beside),
             ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -128,39 +139,116 @@ def _of_floor(row: Row) -> str:
     return f"{max(float(share) for share in shares if share):.0f} %" if all(shares) else "-"
 
 
-def _memory(found: dict[str, Row]) -> str:
-    """fastkd's beside the inputs and the gradient, and eager code's."""
-    ours, eager = (found.get(name, {}).get("extra_mib") for name in ("fastkd", "eager"))
-    return f"{float(ours):.0f} MiB (eager {float(eager):.0f})" if ours and eager else ""
+def _of_matmul(row: Row) -> str:
+    return f"{float(row['percent_of_matmul']):.0f} %" if row.get("percent_of_matmul") else "-"
+
+
+def _memory(found: dict[str, Row], others: Sequence[str]) -> str:
+    """fastkd's beside the inputs and the gradients, and that of others."""
+    extra = {name: found.get(name, {}).get("extra_mib") for name in ("fastkd", *others)}
+    beside = ", ".join(f"{name} {float(mib):.0f}" for name, mib in extra.items() if mib and name != "fastkd")
+    return f"{float(extra['fastkd']):.0f} MiB ({beside})" if extra["fastkd"] and beside else ""
+
+
+def _size_of_logits(row: Row) -> str:
+    return f"{row['rows']} x {int(row['vocab']):,} {row['dtype']}"
+
+
+def _size_of_heads(row: Row) -> str:
+    hidden = " / ".join(dict.fromkeys((row["hidden"], row["teacher_hidden"])))
+    frozen = ", student's frozen" if row["mode"] == FROZEN else ""
+    return f"{row['rows']} x {hidden} x {int(row['vocab']):,} {row['dtype']}{frozen}"
+
+
+LOGITS = Family(
+    problem=("machine", "threads", "dtype", "divergence", "mode", "rows", "vocab"),
+    providers={
+        "eager": "eager",
+        "compiled": "compiled",
+        "liger": "Liger",
+        "fastkd": "fastkd",
+        "fastkd-overwrite": "fastkd, overwriting",
+    },
+    headings=("loss", "logits", "of floor", "extra memory"),
+    size=_size_of_logits,
+    share=_of_floor,
+    beside=("eager",),
+)
+HEADS = Family(
+    problem=(
+        *("machine", "threads", "dtype", "divergence", "hard_term", "workspace_mib", "hidden", "teacher_hidden"),
+        *("mode", "rows", "vocab"),
+    ),
+    providers={
+        "eager": "eager",
+        "compiled": "compiled",
+        "linear-cross-entropy": "linear_cross_entropy",
+        "liger-fused": "Liger, fused",
+        "liger-chunked": "Liger, chunked",
+        "fastkd": "fastkd",
+        "fastkd-float32": "fastkd, float32",
+    },
+    headings=("loss", "heads", "of matmuls", "extra memory"),
+    size=_size_of_heads,
+    share=_of_matmul,
+    beside=("eager", "compiled"),
+)
 
 
 def _caption(machine: str, rows: Sequence[Row], calls: Sequence[Row]) -> str:
-    def all_of(field: str) -> str:
-        return ", ".join(dict.fromkeys(row[field] for row in rows))
-
-    commands = ", ".join(dict.fromkeys(f"`{row['command']}`" for row in rows))
-    implementations = ", ".join(dict.fromkeys(row["impl"] for row in rows if row["impl"]))
     text = (
-        f"{machine}, {all_of('isa')}, torch {all_of('torch')}: forward and backward, median of interleaved runs; in "
-        f"parentheses how many times as fast as eager. fastkd is commit {all_of('commit')} ({implementations}). "
+        f"{_circumstances(machine, rows)} "
         "The floor of the column fastkd is the longer of two times: that of the bytes of two passes over all logits "
         f"and one gradient, at the rate of `copy_` ({_range(rows, 'copy_gb_per_s', 'GB/s')}), and that of the "
         "exponentials and logarithms "
         f"that these need, at the rate of `exp2` in cache ({_range(rows, 'exp2_gexp_per_s', 'G/s')}), both measured in "
         "the same runs. Extra memory is beside the inputs and the gradient; overwriting needs none for the gradient "
-        f"either. Command: {commands}."
+        f"either. {_commands(rows)}"
     )
     one_call = {row["provider"]: row for row in calls if row["divergence"] == PLOTTED}
     if {"eager", "fastkd"} <= one_call.keys():
         ours, eager = one_call["fastkd"], one_call["eager"]
         ratio = float(ours["wall_ms"]) / float(eager["wall_ms"])
         text += f" One call on 8 x 10 logits: {_time_of(ours)}, {ratio:.2f} of eager's {_time_of(eager)}."
-    if WIDE_MARK in text or any(map(record.is_wide, rows)):
+    return text + (_wide_note() if WIDE_MARK in text or any(map(record.is_wide, rows)) else "")
+
+
+def _head_caption(machine: str, rows: Sequence[Row]) -> str:
+    text = (
+        "The same loss of two `Head`s, tokens x hidden size x vocabulary, from hidden states and weights to their "
+        f"gradients. {_circumstances(machine, rows)} Of matmuls: what part of its time the matmuls alone take that no "
+        "implementation can do without (both logits, and the gradients of the student's input and, unless it is "
+        "frozen, weight), each with all tokens at once, measured in the same runs "
+        f"({_range(rows, 'matmul_gflop_per_s', 'GFLOP/s')}). Extra memory is beside the inputs and the gradients."
+    )
+    if any(row["provider"] == "linear-cross-entropy" for row in rows):
         text += (
-            f" {WIDE_MARK}: the runs spread widely (their 80th percentile is over {record.WIDE} times their 20th), so "
-            "that this time, and every ratio to it, is rough."
+            " `linear_cross_entropy` is torch's, given the teacher's probabilities, which it does not take in chunks, "
+            "and once more for the labels."
         )
-    return text
+    return f"{text} {_commands(rows)}" + (_wide_note() if any(map(record.is_wide, rows)) else "")
+
+
+def _circumstances(machine: str, rows: Sequence[Row]) -> str:
+    def all_of(field: str) -> str:
+        return ", ".join(dict.fromkeys(row[field] for row in rows))
+
+    implementations = ", ".join(dict.fromkeys(row["impl"] for row in rows if row["impl"]))
+    return (
+        f"{machine}, {all_of('isa')}, torch {all_of('torch')}: forward and backward, median of interleaved runs; in "
+        f"parentheses how many times as fast as eager. fastkd is commit {all_of('commit')} ({implementations})."
+    )
+
+
+def _commands(rows: Sequence[Row]) -> str:
+    return "Command: " + ", ".join(dict.fromkeys(f"`{row['command']}`" for row in rows)) + "."
+
+
+def _wide_note() -> str:
+    return (
+        f" {WIDE_MARK}: the runs spread widely (their 80th percentile is over {record.WIDE} times their 20th), so "
+        "that this time, and every ratio to it, is rough."
+    )
 
 
 def _range(rows: Sequence[Row], field: str, unit: str) -> str:

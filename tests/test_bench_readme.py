@@ -97,6 +97,41 @@ def test_readme_marks_one_call_that_spreads_widely(house: Path) -> None:
     assert "40.0 us, 0.40 of eager's 0.1 ms †. †: the runs spread" in text
 
 
+def head_rows(mode: str = "forward+backward", **columns: object) -> list[record.Row]:
+    """Of one run of the bench of two heads."""
+    shape = {"mode": mode, "hidden": 512, "teacher_hidden": 512, "hard_term": "yes", "workspace_mib": ""}
+    shape |= {"percent_of_matmul": 89.6, "matmul_gflop_per_s": 160, "command": "python bench/run.py head"}
+    times = {"eager": (600, 1470), "compiled": (300, 489), "linear-cross-entropy": (1200, 687), "fastkd": (150, 99)}
+    return [
+        sample_row(name, 50257, milliseconds) | shape | {"extra_mib": mib} | columns
+        for name, (milliseconds, mib) in times.items()
+    ]
+
+
+def test_readme_has_a_table_of_two_heads(house: Path) -> None:
+    write_readme(house)
+    assert "hidden size" not in (house / "README.md").read_text()
+    path = house / "results" / "head-abacus-9.csv"
+    record.append(path, head_rows())
+    record.append(path, head_rows("frozen-head", teacher_hidden=1024))
+    record.append(path, [row for row in head_rows(rows=64, hard_term="no") if row["provider"] == "fastkd"])
+    record.append(path, [row for row in head_rows(rows=32, workspace_mib=8) if row["provider"] == "fastkd"])
+    write_readme(house)
+    text = (house / "README.md").read_text()
+    assert "| loss | heads | eager | compiled | linear_cross_entropy | fastkd | of matmuls | extra memory |" in text
+    times = "600 ms | 300 ms (2.0x) | 1.20 s (0.5x) | 150 ms (4.0x) | 90 % | 99 MiB (eager 1470, compiled 489) |"
+    assert f"| `forward_kl` | 512 x 512 x 50,257 float32 | {times}" in text
+    assert f"| `forward_kl` | 512 x 512 / 1024 x 50,257 float32, student's frozen | {times}" in text
+    assert "measured in the same runs (160 GFLOP/s)" in text
+    assert "Command: `python bench/run.py head`." in text
+    assert "| 64 x" not in text  # another loss
+    assert "| 32 x" not in text  # not what fastkd does by default
+    assert text.count("†") == 0
+    record.append(path, [spread(row, 100, 150) for row in head_rows(date="2030-01-02")])
+    write_readme(house)
+    assert "150 ms † (4.0x)" in (house / "README.md").read_text()
+
+
 @pytest.mark.parametrize(("copy", "exp2", "said"), [(30, 70, "70 %"), (70, 30, "70 %"), (70, "", "-"), ("", 70, "-")])
 def test_readme_says_how_close_to_the_higher_floor(house: Path, copy: object, exp2: object, said: str) -> None:
     rows = [

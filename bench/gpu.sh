@@ -66,7 +66,7 @@ build() {
     elif ! "$python" -c 'import setuptools, sys; sys.exit(int(setuptools.__version__.split(".")[0]) < 77)'; then
         note "skipped  build: setuptools older than 77 cannot read pyproject.toml; the Triton kernels need no build"
     else
-        step build 60 "$python" setup.py -q build_ext --inplace
+        step build 45 "$python" setup.py -q build_ext --inplace
     fi
 }
 
@@ -84,17 +84,17 @@ checks() {
     if ((dry)); then
         step checks 40 "$python" bench/gpu_checks.py --interpret --only "exact jsd float32" infinite
     elif has pytest xdist; then
-        tests tests 120 tests/test_bench_gpu.py::test_on_gpu tests/test_triton_kernels.py
+        tests tests 110 tests/test_bench_gpu.py::test_on_gpu tests/test_triton_kernels.py
     else
         # One after another, so that not everything fits: float16 is widened where bfloat16 is.
-        step checks 180 "$python" bench/gpu_checks.py --skip float16
+        step checks 160 "$python" bench/gpu_checks.py --skip float16
     fi
 }
 
 # The public function against the oracle. Last, because each case compiles kernels of its own.
 more_checks() {
     if ((!dry)) && has pytest xdist; then
-        tests losses 60 tests/test_logit.py -k "triton and (another_dtype or storage_at_once or layouts or \
+        tests losses 50 tests/test_logit.py -k "triton and (another_dtype or storage_at_once or layouts or \
             test_exact and bfloat16 and peaked and (two_teachers or shared_vocab or by_row or smoothing))"
     fi
 }
@@ -110,27 +110,29 @@ benches() {
     if ((dry)); then
         local tiny=(--device cpu --threads 1 --repeat 2 --providers eager fastkd)
         bench kd 30 kd "${tiny[@]}" fastkd-overwrite --vocab 257 --rows 8
+        bench head 20 head "${tiny[@]}" --vocab 257 --rows 8 --hidden 16
         bench call 20 call "${tiny[@]}" --calls 3
         return
     fi
     # What matters most comes first: rows are written case by case, and a time limit loses the last ones alone.
-    bench kd 140 kd --device cuda --vocab 128256 50257 151936 32000 262144
-    bench kd-divergences 85 kd --device cuda --vocab 128256 --mode forward+backward --divergence jsd tvd reverse_kl
-    bench call 25 call --device cuda
+    bench kd 120 kd --device cuda --vocab 128256 50257 151936 32000 262144
+    bench head 95 head --device cuda --vocab 128256 --hidden 4096 --rows 8192 1024 2048 --mode forward+backward --repeat 10
+    bench kd-divergences 65 kd --device cuda --vocab 128256 --mode forward+backward --divergence jsd tvd reverse_kl
+    bench call 20 call --device cuda
 }
 
 out=${OUT:-bench/results}
 if ((dry)) && [[ -z ${OUT:-} ]]; then
     out=$scratch
 fi
-step environment 20 "$python" -c '
+step environment 15 "$python" -c '
 import platform, torch
 print("python", platform.python_version(), "torch", torch.__version__, "CUDA", torch.version.cuda)
 print("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none")
 import fastkd
 fastkd.explain()'
 if ((!dry)); then
-    step gpu 20 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm --format=csv
+    step gpu 10 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm --format=csv
 fi
 build
 checks

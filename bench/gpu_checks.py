@@ -14,6 +14,7 @@ import importlib.metadata
 import os
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import fastkd  # noqa: E402
-from bench import gate  # noqa: E402
+from bench import gate, gpu_head_checks  # noqa: E402
 from bench.data import as_output, peaked_pair  # noqa: E402
 from bench.gate import Wrong  # noqa: E402
 from fastkd._rows import DIVERGENCES  # noqa: E402
@@ -243,6 +244,23 @@ def _waiting_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def heads(setting: Setting, dtype: torch.dtype) -> None:
+    """Logits not computed yet."""
+    gpu_head_checks.numbers(setting.device, dtype, kd)
+    gpu_head_checks.everything(setting.device, dtype, kd)
+
+
+def matmuls_of_heads(setting: Setting) -> None:
+    gpu_head_checks.matmuls(setting.device)
+
+
+def heads_do_not_wait(setting: Setting) -> None:
+    step = gpu_head_checks.step_on(setting.device, kd)
+    step()
+    with _waiting_is_an_error():
+        step()
+
+
 def compiles_whole(setting: Setting) -> None:
     """``torch.compile(fullgraph=True)``, forward and backward, over a model's last layer."""
     weight = torch.eye(257, device=setting.device)
@@ -280,7 +298,10 @@ def _compilations() -> Iterator[list[str]]:
 
 
 ANYWHERE = (numbers_by_row, masked, infinite, not_a_number, nothing_counts, overwriting, same_bits)
-ON_GPU = (no_synchronisation, cuda_graph, no_recompilation, compiles_whole, beyond_int32)
+ON_GPU = (
+    *(no_synchronisation, cuda_graph, no_recompilation, compiles_whole, beyond_int32),
+    *(matmuls_of_heads, heads_do_not_wait),
+)
 
 
 def checks(setting: Setting) -> dict[str, Callable[[], None]]:
@@ -290,6 +311,7 @@ def checks(setting: Setting) -> dict[str, Callable[[], None]]:
         for divergence in DIVERGENCES:
             name = f"exact {divergence} {str(dtype).removeprefix('torch.')}"
             found[name] = partial(exact, setting, divergence, dtype)
+        found[f"heads {str(dtype).removeprefix('torch.')}"] = partial(heads, setting, dtype)
     for check in (*ANYWHERE, *(ON_GPU if setting.device == "cuda" else ())):
         found[check.__name__.replace("_", " ")] = partial(check, setting)
     return found
@@ -335,10 +357,20 @@ def _report(name: str, check: Callable[[], None]) -> bool:
     try:
         check()
     except Exception as error:  # a check that crashes is one that failed; the others still run
-        print(f"FAILED  {name}: {type(error).__name__}: {str(error).strip()}", flush=True)
+        print(f"FAILED  {name}: {type(error).__name__}: {str(error).strip()}{_where(error)}", flush=True)
         return False
     print(f"ok      {name} ({time.perf_counter() - start:.1f} s)", flush=True)
     return True
+
+
+def _where(error: Exception) -> str:
+    """The line of fastkd that failed, so that one run on a machine far away is enough; nothing of a wrong number."""
+    package = str(Path(fastkd.__file__).parent)
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(package)]
+    if not lines or isinstance(error, Wrong):
+        return ""
+    last = lines[-1]
+    return f" (at fastkd{last.filename.removeprefix(package)}:{last.lineno}: {last.line})"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import gpu_checks, measure
+import fastkd
+from bench import gpu_checks, gpu_head_checks, measure
+from bench.gate import Wrong
 from bench.measure import Contender
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -125,6 +127,46 @@ def test_a_wrong_kernel_fails(
     assert reported.endswith(f"1 failed: {check}\n")
 
 
+@pytest.mark.parametrize("check", [gpu_head_checks.numbers, gpu_head_checks.everything])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checks_of_heads(check: Callable[..., None], dtype: torch.dtype) -> None:
+    """With whatever computes it here."""
+
+    def gradient_off(*arguments: Any, **options: Any) -> Tensor:
+        loss = fastkd.kd_loss(*arguments, **options)
+        return loss + 0.05 * (loss - loss.detach())
+
+    def loss_off(*arguments: Any, **options: Any) -> Tensor:
+        return 1.05 * fastkd.kd_loss(*arguments, **options).detach() + fastkd.kd_loss(*arguments, **options) * 0
+
+    check("cpu", dtype, fastkd.kd_loss)
+    with pytest.raises(Wrong, match=r"gradient is|of the input is off by"):
+        check("cpu", dtype, gradient_off)
+    with pytest.raises(Wrong, match=r"loss is"):
+        check("cpu", dtype, loss_off)
+
+
+@interpreted
+def test_every_matmul_that_torch_refuses_is_named() -> None:
+    with pytest.raises(Wrong) as wrong:
+        gpu_head_checks.matmuls("cpu")
+    failures = str(wrong.value).split("; ")
+    assert len([failure for failure in failures if failure.startswith(("bfloat16 ", "float16 "))]) == 8
+    assert "bfloat16 logits, torch.mm(input, weight.t(), out_dtype=float32, out=): " in failures[0]
+
+
+def test_a_crash_is_placed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(*arguments: Any, **options: Any) -> Tensor:
+        raise RuntimeError("not here")
+
+    monkeypatch.setattr(torch, "addmm", refuse)
+    head = fastkd.Head(torch.ones(2, 3), torch.ones(5, 3))
+    assert not gpu_checks._report("heads", lambda: fastkd.kd_loss(head, head))
+    said = capsys.readouterr().out
+    assert said.startswith("FAILED  heads: RuntimeError: not here (at fastkd/losses/_sources.py:")
+    assert "torch.addmm(" in said
+
+
 @pytest.fixture
 def toy_checks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three instant checks, the second of which crashes."""
@@ -230,7 +272,7 @@ def machine(tmp_path: Path) -> Machine:
     return machine
 
 
-STEPS = ["environment", "gpu", "build", "tests", "kd", "kd-divergences", "call", "losses"]
+STEPS = ["environment", "gpu", "build", "tests", "kd", "head", "kd-divergences", "call", "losses"]
 
 
 def test_a_gpu_machine_where_everything_works(machine: Machine) -> None:
@@ -285,7 +327,13 @@ def test_setuptools_that_cannot_read_our_metadata_are_passed_over(machine: Machi
 def test_one_step_that_fails_fails_the_run_and_stops_nothing(machine: Machine, step: str) -> None:
     # By what only this step's command has in it.
     sign = {"environment": "explain", "gpu": "--query-gpu", "build": "--inplace", "tests": "/tests.xml"}
-    sign |= {"kd": "32000", "kd-divergences": "jsd", "call": "run.py call", "losses": "/losses.xml"}
+    sign |= {
+        "head": "run.py head",
+        "kd": "32000",
+        "kd-divergences": "jsd",
+        "call": "run.py call",
+        "losses": "/losses.xml",
+    }
     script = f'{REPORT}\n[[ $* == *"{sign[step]}"* ]] && exit 3\nexit 0'
     machine.command("python", script)
     machine.command("nvidia-smi", script)
@@ -298,7 +346,7 @@ def test_one_step_that_fails_fails_the_run_and_stops_nothing(machine: Machine, s
 
 def test_a_dry_run_fails_where_python_does(machine: Machine) -> None:
     status, summary = machine.gpu_script("--dry-run", PYTHON="false")
-    assert summary.count("FAILED") == 4
+    assert summary.count("FAILED") == 5
     assert "FAILED   checks: exit status 1\n" in summary
     assert status == 1
 
@@ -331,6 +379,6 @@ def test_gpu_script_dry_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     summary = done.stdout.split("== summary\n")[1]
     assert "FAILED" not in summary
-    for step in ("environment", "build", "checks", "kd", "call"):
+    for step in ("environment", "build", "checks", "kd", "head", "call"):
         assert f" {step}" in summary
-    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["call", "kd"]
+    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["call", "head", "kd"]

@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         help="of the digits' students; the text takes the first (0 1 2 3 4)",
     )
     demo_parser.add_argument("--only", choices=("digits", "text"), help="one part instead of both")
+    demo_parser.add_argument(
+        "--all", action="store_true", help="train a third student on the text, for whom no logits are stored"
+    )
 
     summary = "run a bench of the source tree"
     commands.add_parser("bench", help=summary, usage="fastkd bench <name> ...")
@@ -98,6 +101,8 @@ def demo(options: argparse.Namespace) -> int:
     settings = package.Settings()
     if options.seeds:
         settings = replace(settings, seeds=tuple(options.seeds))
+    if options.all:
+        settings = replace(settings, text=replace(settings.text, heads=True))
     return package.run(options.out, package.PARTS if options.only is None else (options.only,), settings)
 
 

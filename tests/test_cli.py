@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,5 +143,7 @@ def test_demo_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "run", lambda *arguments: seen.append(arguments) or 1)
     assert cli.main(["demo", "--out", str(tmp_path), "--seeds", "3", "4", "--only", "digits"]) == 1
     assert seen == [(tmp_path, ("digits",), demo.Settings(seeds=(3, 4)))]
+    cli.main(["demo", "--all"])
+    assert seen.pop()[2] == demo.Settings(text=replace(demo.Settings().text, heads=True))
     cli.main(["demo"])
     assert seen[1] == (Path("fastkd-demo"), demo.PARTS, demo.Settings())

@@ -112,6 +112,58 @@ def test_fails_when_the_curves_differ(
     assert (tmp_path / "demo.png").exists()
 
 
+WITH_HEADS = replace(TINY, text=replace(TINY.text, heads=True))
+
+
+def test_a_third_student_without_logits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Asked for, it takes the same curve; not asked for, nobody speaks of it."""
+    assert demo.run(tmp_path, ("text",), TINY) == 0
+    printed, plain = capsys.readouterr().out, report_of(tmp_path)["text"]
+    assert "heads" not in printed
+    assert [name for name in (*plain, *plain["held_out"], *plain["perplexity"]) if "heads" in name] == []
+    assert demo.run(tmp_path, ("text",), WITH_HEADS) == 0
+    printed, part = " ".join(capsys.readouterr().out.split()), report_of(tmp_path)["text"]
+    assert "eager / heads" in printed
+    assert "student, fastkd.kd_loss of heads" in printed
+    assert "the three losses differ by" in printed
+    assert part["heads"]["losses"] == pytest.approx(part["eager"]["losses"], rel=TINY.text.tolerance)
+    assert part["held_out"]["student_heads"] == pytest.approx(part["held_out"]["student_eager"], rel=1e-2)
+    assert part["eager"]["losses"] == pytest.approx(plain["eager"]["losses"], rel=1e-3)  # with the others in turns
+    assert part["heads_ratio"]["step_milliseconds"] == pytest.approx(
+        part["eager"]["step_milliseconds"] / part["heads"]["step_milliseconds"]
+    )
+    assert set(part["heads_ratio"]) == set(part["ratio"]) == set(plain["ratio"])
+
+
+@pytest.mark.parametrize("change", [1.1, math.nan])
+def test_fails_when_the_curve_of_heads_differs(
+    change: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = text.heads_loss
+    monkeypatch.setattr(text, "heads_loss", lambda settings: lambda *arguments: right(settings)(*arguments) * change)
+    assert demo.run(tmp_path, ("text",), WITH_HEADS) == 1
+    assert "FAILED text: the losses of eager, fastkd and heads differ" in capsys.readouterr().out
+
+
+def test_heads_store_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.arange(20).repeat(40)
+    repeating = corpus.Corpus(vocabulary=20, train=tokens, held_out=tokens)
+    settings = replace(TINY.text, vocabulary=20)
+    way = text.Heads(text.heads_loss(settings))
+    student = text.Student(settings, repeating, way, seed=0)
+    teacher = text.Student(settings, repeating, way, seed=1).model
+    batch = corpus.draw(tokens, settings.batch, settings.window, torch.Generator().manual_seed(0))
+    stored, _ = text.Logits(text.eager_loss(settings)).backward(student.model, teacher, *batch)
+    wanted = {name: x.grad.clone() for name, x in student.model.named_parameters()}
+    student.model.zero_grad()
+    monkeypatch.setattr(LanguageModel, "forward", lambda *_: pytest.fail("computed logits"))
+    loss, seconds = way.backward(student.model, teacher, *batch)
+    assert seconds > 0
+    torch.testing.assert_close(loss, stored)
+    for name, x in student.model.named_parameters():
+        torch.testing.assert_close(x.grad, wanted[name], msg=name)
+
+
 def test_fails_when_the_teacher_knows_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,10 +25,15 @@ class LanguageModel(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Logits ``(batch, window, vocabulary)`` of ids ``(batch, window)``."""
+        return F.linear(self.hidden(ids), self.token.weight, self.bias)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """``(batch, window, width)``: what the output head turns into logits."""
         x = self.token(ids) + self.position[: ids.shape[1]]
         x = x + self._attend(self.attention_norm(x))
         x = x + self.mlp(self.mlp_norm(x))
-        return F.linear(self.head_norm(x), self.token.weight, self.bias)
+        normed: Tensor = self.head_norm(x)
+        return normed
 
     def _attend(self, x: Tensor) -> Tensor:
         split = self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)

@@ -15,7 +15,7 @@ from .digits import DigitsResult
 from .report import ratio
 from .text import TextResult
 
-GREY, BLUE, ORANGE, GREEN = "#8a8f98", "#2563a8", "#d97706", "#15803d"
+GREY, BLUE, ORANGE, GREEN, VIOLET = "#8a8f98", "#2563a8", "#d97706", "#15803d", "#7c3aed"
 
 
 def draw(path: Path, digits: DigitsResult | None, text: TextResult | None) -> None:
@@ -64,6 +64,9 @@ def _curves(axes: Axes, result: TextResult) -> None:
     steps = range(1, len(result.eager.losses) + 1)
     axes.plot(steps, result.eager.losses, color=ORANGE, linewidth=5, alpha=0.45, label="eager PyTorch")
     axes.plot(steps, result.fastkd.losses, color=BLUE, linewidth=1.5, label="fastkd.kd_loss")
+    if result.heads is not None:
+        label = "fastkd.kd_loss of heads"
+        axes.plot(steps, result.heads.losses, color=VIOLET, linewidth=1.5, linestyle=(0, (2, 2)), label=label)
     axes.set_xlabel("training step")
     axes.set_ylabel("distillation loss (nats per token)")
     axes.set_title(f"The same curve: largest relative difference {result.largest_difference:.0e}")
@@ -78,33 +81,39 @@ def _costs(axes: Axes, result: TextResult) -> None:
         ("whole\ntraining step", "step_milliseconds", "ms"),
         ("peak memory\nbeside weights", "peak_megabytes", "MB"),
     )
-    shown = [quantity for quantity in quantities if ratio(result, quantity[1]) is not None]
+    shown = [quantity for quantity in quantities if ratio(result, result.fastkd, quantity[1]) is not None]
+    bars = [(result.eager, ORANGE, "eager PyTorch"), (result.fastkd, BLUE, "fastkd")]
+    if result.heads is not None:
+        bars.append((result.heads, VIOLET, "fastkd, heads"))
+    width = 0.76 / len(bars)
     for place, (_, field, unit) in enumerate(shown):
-        eager, fast = getattr(result.eager, field), getattr(result.fastkd, field)
-        for shift, value, colour in ((-0.19, eager, ORANGE), (0.19, fast, BLUE)):
-            share = 100 * value / eager
-            axes.bar(place + shift, share, width=0.34, color=colour, alpha=0.85)
-            axes.annotate(
-                f"{value:,.0f} {unit}", (place + shift, share), (0, 3), textcoords="offset points", ha="center"
-            )
-    axes.bar(0, 0, color=ORANGE, label="eager PyTorch")
-    axes.bar(0, 0, color=BLUE, label="fastkd")
+        for number, (curve, colour, _) in enumerate(bars):
+            if curve is result.heads and field == "loss_milliseconds":
+                continue  # the matmuls of the heads are in it, which the others do elsewhere
+            value = getattr(curve, field)
+            across, share = place + (number - (len(bars) - 1) / 2) * width, 100 * value / getattr(result.eager, field)
+            axes.bar(across, share, width=0.9 * width, color=colour, alpha=0.85)
+            axes.annotate(f"{value:,.0f} {unit}", (across, share), (0, 3), textcoords="offset points", ha="center")
+    for _, colour, label in bars:
+        axes.bar(0, 0, color=colour, label=label)
     axes.set_xticks(range(len(shown)), [name for name, _, _ in shown])
     axes.set_ylim(0, 125)
     axes.set_ylabel("relative to eager (%)")
     axes.set_title(f"What it costs: {result.rows_per_step} tokens, vocabulary {result.vocabulary:,}")
-    axes.legend(frameon=False, loc="upper right", ncols=2)
+    axes.legend(frameon=False, loc="upper right", ncols=len(bars))
 
 
 def _held_out(axes: Axes, result: TextResult) -> None:
     held_out = result.held_out
-    points = (
+    every = (
         ("student untrained", held_out.student_untrained, GREY),
         ("student, labels alone", held_out.student_labels_alone, GREY),
         ("student, eager KD", held_out.student_eager, ORANGE),
         ("student, fastkd", held_out.student_fastkd, BLUE),
+        ("student, fastkd, heads", held_out.student_heads, VIOLET),
         ("teacher", held_out.teacher, GREEN),
     )
+    points = [(name, loss, colour) for name, loss, colour in every if loss is not None]
     lowest, highest = (choose(loss for _, loss, _ in points) for choose in (min, max))
     for place, (_, loss, colour) in enumerate(points):
         axes.plot(loss, place, "o", color=colour, markersize=11)

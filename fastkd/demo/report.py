@@ -19,6 +19,8 @@ from .digits import DigitsResult, spread
 from .settings import Settings
 from .text import Curve, TextResult
 
+MEASURED = ("loss_milliseconds", "step_milliseconds", "peak_megabytes")
+
 
 def write_json(path: Path, settings: Settings, digits: DigitsResult | None, text: TextResult | None) -> None:
     report: dict[str, Any] = {"versions": versions(), "settings": dataclasses.asdict(settings)}
@@ -26,16 +28,21 @@ def write_json(path: Path, settings: Settings, digits: DigitsResult | None, text
         means = {name: mean_and_spread(values) for name, values in students(digits).items()}
         report["digits"] = {**dataclasses.asdict(digits), "gain": digits.gain(), "mean_and_spread": means}
     if text is not None:
-        perplexity = {name: math.exp(loss) for name, loss in dataclasses.asdict(text.held_out).items()}
+        fields = _known(dataclasses.asdict(text))
+        fields["held_out"] = _known(fields["held_out"])
         report["text"] = {
-            **dataclasses.asdict(text),
-            "ratio": {
-                field: ratio(text, field) for field in ("loss_milliseconds", "step_milliseconds", "peak_megabytes")
-            },
-            "perplexity": perplexity,
+            **fields,
+            "ratio": ratios(text, text.fastkd),
+            **({} if text.heads is None else {"heads_ratio": ratios(text, text.heads)}),
+            "perplexity": {name: math.exp(loss) for name, loss in fields["held_out"].items()},
             "peak_megabytes_is": memory.MEANING,
         }
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _known(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without what was not run."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def students(result: DigitsResult) -> dict[str, Sequence[float]]:
@@ -46,9 +53,13 @@ def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), spread(values)
 
 
-def ratio(result: TextResult, field: str) -> float | None:
-    """Eager divided by fastkd."""
-    eager, fast = getattr(result.eager, field), getattr(result.fastkd, field)
+def ratios(result: TextResult, curve: Curve) -> dict[str, float | None]:
+    return {field: ratio(result, curve, field) for field in MEASURED}
+
+
+def ratio(result: TextResult, curve: Curve, field: str) -> float | None:
+    """Eager divided by one of the others."""
+    eager, fast = getattr(result.eager, field), getattr(curve, field)
     return eager / fast if eager and fast else None
 
 
@@ -78,24 +89,34 @@ def print_text(console: Console, result: TextResult) -> None:
 def _cost_table(result: TextResult) -> Table:
     table = Table(title=f"Language model, {result.rows_per_step} x {result.vocabulary:,} logits", title_style="bold")
     table.add_column("median of a training step")
-    for heading in ("eager", "fastkd", "eager / fastkd"):
+    curves = result.curves()
+    others = [name for name in curves if name != "eager"]
+    for heading in (*curves, *(f"eager / {name}" for name in others)):
         table.add_column(heading, justify="right")
 
     def row(name: str, field: str, unit: str) -> None:
-        values = [_measured(curve, field, unit) for curve in (result.eager, result.fastkd)]
-        quotient = ratio(result, field)
-        table.add_row(name, *values, "" if quotient is None else f"[bold green]{quotient:.1f} x[/]")
+        values = [_measured(curve, field, unit) for curve in curves.values()]
+        quotients = [ratio(result, curves[other], field) for other in others]
+        shown = ["" if quotient is None else f"[bold green]{quotient:.1f} x[/]" for quotient in quotients]
+        if field == "loss_milliseconds" and result.heads is not None:  # that has the heads' matmuls in it
+            values[-1], shown[-1] = f"{values[-1]} *", ""
+        table.add_row(name, *values, *shown)
 
     row("loss, forward and backward", "loss_milliseconds", "ms")
     row("whole step", "step_milliseconds", "ms")
     row("peak memory beside weights", "peak_megabytes", "MB")
-    last = result.eager.losses[-1], result.fastkd.losses[-1]
-    table.add_row("loss of the last step", *(f"{loss:.6f}" for loss in last), "")
+    last = [f"{curve.losses[-1]:.6f}" for curve in curves.values()]
+    table.add_row("loss of the last step", *last, *("" for _ in others))
     table.caption = (
         f"fastkd ran {result.implementation}. Steps were taken in turns on the same batches; over the first "
-        f"{result.compared_steps} the two losses differ by {result.largest_difference:.1e} at most (relative). "
-        f"Memory: {memory.MEANING}."
+        f"{result.compared_steps} the {'two' if result.heads is None else 'three'} losses differ by "
+        f"{result.largest_difference:.1e} at most (relative). Memory: {memory.MEANING}."
     )
+    if result.heads is not None:
+        table.caption += (
+            " heads: hidden states and output matrices instead of logits, which are computed a few rows at a time. "
+            "* The matmuls of both heads are in this time; for the others they are in the whole step alone."
+        )
     return table
 
 
@@ -118,6 +139,9 @@ def _learning_table(result: TextResult) -> Table:
         ("student, labels alone", student, steps, held_out.student_labels_alone),
         ("student, eager loss", student, steps, held_out.student_eager),
         ("student, fastkd.kd_loss", student, steps, held_out.student_fastkd),
+        ("student, fastkd.kd_loss of heads", student, steps, held_out.student_heads),
     ):
+        if loss is None:
+            continue
         table.add_row(name, parameters, trained, f"{loss:.3f}", f"{math.exp(loss):,.0f}")
     return table

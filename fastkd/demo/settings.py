@@ -38,6 +38,7 @@ class TextSettings:
     evaluation_batches: int = 10
     compared_steps: int = 50  # the curves have to agree over this many first steps
     tolerance: float = 1e-3
+    heads: bool = False  # a third student, for whom no logits are stored
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,15 @@
-"""A vocabulary of 32k: one student trained twice, with the loss people write today and with ``fastkd.kd_loss``."""
+"""A vocabulary of 32k: one student trained twice, with the loss people write today and with ``fastkd.kd_loss``.
+
+If asked for, a third time with :class:`fastkd.Head` in place of the logits.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +26,15 @@ from .language_model import LanguageModel
 from .settings import TextSettings
 
 Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]  # of the student's logits, the teacher's and the target
+HeadsLoss: TypeAlias = Callable[[fastkd.Head, fastkd.Head, Tensor], Tensor]
+Timed: TypeAlias = tuple[Tensor, float]  # a loss, and the seconds that it and its gradient took
 WARM_UP = 2  # first steps, which the medians leave out
+
+
+class Way(Protocol):
+    """How a step gets its loss: in the end all of the student's parameters have their gradients."""
+
+    def backward(self, student: LanguageModel, teacher: LanguageModel, inputs: Tensor, target: Tensor) -> Timed: ...
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,7 @@ class HeldOut:
     student_labels_alone: float
     student_eager: float
     student_fastkd: float
+    student_heads: float | None = None  # None: not trained
 
 
 @dataclass(frozen=True)
@@ -66,14 +78,21 @@ class TextResult:
     tolerance: float
     held_out: HeldOut
     seconds: float
+    heads: Curve | None = None  # with logits that are not stored
+
+    def curves(self) -> dict[str, Curve]:
+        """By the name of the one who computed the loss."""
+        curves = {"eager": self.eager, "fastkd": self.fastkd}
+        return curves if self.heads is None else {**curves, "heads": self.heads}
 
     def problem(self) -> str | None:
-        """Why this is no success: both ways have to give the same number, step after step."""
+        """Why this is no success: all ways have to give the same number, step after step."""
         if self.largest_difference <= self.tolerance:  # False of NaN
             return None
+        *names, last = self.curves()
         return (
-            f"text: the losses of eager and fastkd differ by {self.largest_difference:.1e} (relative) within "
-            f"{self.compared_steps} steps, allowed is {self.tolerance:.0e}"
+            f"text: the losses of {', '.join(names)} and {last} differ by {self.largest_difference:.1e} (relative) "
+            f"within {self.compared_steps} steps, allowed is {self.tolerance:.0e}"
         )
 
 
@@ -92,10 +111,15 @@ def run(settings: TextSettings, seed: int, progress: Progress) -> TextResult:
     bar = progress.add_task("text: student, labels alone", total=settings.student_steps)
     for _ in train_on_labels(alone, settings, corpus, settings.student_steps, settings.student_lr, seed):
         progress.advance(bar)
-    bar = progress.add_task("text: student, eager and fastkd in turns", total=settings.student_steps)
-    eager, fast = (Student(settings, corpus, loss, seed) for loss in (eager_loss(settings), fastkd_loss(settings)))
-    for _ in train_in_turns(eager, fast, teacher, settings, corpus, seed):
+    ways: list[Way] = [Logits(eager_loss(settings)), Logits(fastkd_loss(settings))]
+    if settings.heads:
+        ways.append(Heads(heads_loss(settings)))
+    students = [Student(settings, corpus, way, seed) for way in ways]
+    names = "eager, fastkd and heads" if settings.heads else "eager and fastkd"
+    bar = progress.add_task(f"text: student, {names} in turns", total=settings.student_steps)
+    for _ in train_in_turns(students, teacher, settings, corpus, seed):
         progress.advance(bar)
+    eager, fast, *rest = students
 
     return TextResult(
         vocabulary=corpus.vocabulary,
@@ -109,7 +133,9 @@ def run(settings: TextSettings, seed: int, progress: Progress) -> TextResult:
         teacher_steps=settings.teacher_steps,
         eager=eager.curve(),
         fastkd=fast.curve(),
-        largest_difference=largest_difference(eager.losses, fast.losses, settings.compared_steps),
+        largest_difference=max_or_nan(
+            largest_difference(eager.losses, other.losses, settings.compared_steps) for other in (fast, *rest)
+        ),
         compared_steps=min(settings.compared_steps, settings.student_steps),
         tolerance=settings.tolerance,
         held_out=HeldOut(
@@ -119,8 +145,10 @@ def run(settings: TextSettings, seed: int, progress: Progress) -> TextResult:
             student_labels_alone=held_out_loss(alone, settings, corpus),
             student_eager=held_out_loss(eager.model, settings, corpus),
             student_fastkd=held_out_loss(fast.model, settings, corpus),
+            student_heads=held_out_loss(rest[0].model, settings, corpus) if rest else None,
         ),
         seconds=time.perf_counter() - started,
+        heads=rest[0].curve() if rest else None,
     )
 
 
@@ -156,35 +184,73 @@ def fastkd_loss(settings: TextSettings) -> Loss:
     )
 
 
+def heads_loss(settings: TextSettings) -> HeadsLoss:
+    """The same of logits that are computed a few rows at a time, and with them the gradients behind them."""
+    return lambda student, teacher, target: fastkd.kd_loss(
+        student, teacher, target, alpha=settings.alpha, temperature=settings.temperature, ignore_index=IGNORE
+    )
+
+
+class Logits:
+    """A loss of stored logits, timed down to their gradient, without the model."""
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+
+    def backward(self, student: LanguageModel, teacher: LanguageModel, inputs: Tensor, target: Tensor) -> Timed:
+        with torch.no_grad():
+            knowledge = teacher(inputs)
+        logits = student(inputs)
+        started = time.perf_counter()
+        loss = self.loss(logits, knowledge, target)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        seconds = time.perf_counter() - started
+        logits.backward(gradient)
+        return loss.detach(), seconds
+
+
+class Heads:
+    """A loss of two heads. Its time includes the matmuls of both, which are not in that of :class:`Logits`."""
+
+    def __init__(self, loss: HeadsLoss) -> None:
+        self.loss = loss
+
+    def backward(self, student: LanguageModel, teacher: LanguageModel, inputs: Tensor, target: Tensor) -> Timed:
+        with torch.no_grad():
+            knowledge = teacher.hidden(inputs)
+        hidden = student.hidden(inputs)
+        # A leaf of its own, because the head's weight is the embedding too, which hidden states lead back to.
+        states, weights = hidden.detach().requires_grad_(), (student.token.weight, student.bias)
+        started = time.perf_counter()
+        taught = fastkd.Head(knowledge, teacher.token.weight, teacher.bias)
+        loss = self.loss(fastkd.Head(states, *weights), taught, target)
+        loss.backward()
+        seconds = time.perf_counter() - started
+        hidden.backward(states.grad)
+        return loss.detach(), seconds
+
+
 class Student:
     """A student in training with one of the losses, and what was measured, one number per step."""
 
-    def __init__(self, settings: TextSettings, corpus: Corpus, loss: Loss, seed: int) -> None:
+    def __init__(self, settings: TextSettings, corpus: Corpus, way: Way, seed: int) -> None:
         self.model = _model(settings, corpus, settings.student_width, seed)
         self.optimizer, self.schedule = _optimizer(self.model, settings.student_lr, settings.student_steps)
-        self.loss = loss
+        self.way = way
         self.losses: list[float] = []
         self.loss_seconds: list[float] = []
         self.step_seconds: list[float] = []
         self.peak_bytes: list[int | None] = []
 
-    def step(self, teacher: nn.Module, inputs: Tensor, target: Tensor) -> None:
+    def step(self, teacher: LanguageModel, inputs: Tensor, target: Tensor) -> None:
         peak = memory.Peak()
         started = time.perf_counter()
-        with torch.no_grad():
-            knowledge = teacher(inputs)
-        logits = self.model(inputs)
-        # Backward in two halves, so that the loss can be timed down to the gradient of the logits, without the model.
-        loss_started = time.perf_counter()
-        loss = self.loss(logits, knowledge, target)
-        (gradient,) = torch.autograd.grad(loss, logits)
-        loss_ended = time.perf_counter()
-        logits.backward(gradient)
+        loss, loss_seconds = self.way.backward(self.model, teacher, inputs, target)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
         self.step_seconds.append(time.perf_counter() - started)
-        self.loss_seconds.append(loss_ended - loss_started)
+        self.loss_seconds.append(loss_seconds)
         self.peak_bytes.append(peak.bytes())
         self.losses.append(loss.item())
 
@@ -199,13 +265,13 @@ class Student:
 
 
 def train_in_turns(
-    eager: Student, fast: Student, teacher: nn.Module, settings: TextSettings, corpus: Corpus, seed: int
+    students: Sequence[Student], teacher: LanguageModel, settings: TextSettings, corpus: Corpus, seed: int
 ) -> Iterator[None]:
-    """Both take each batch before the next is drawn, by turns in front: what disturbs the one disturbs the other."""
+    """All take each batch before the next is drawn, by turns in front: what disturbs one disturbs the others."""
     batches = _batches(settings, corpus, seed)
     for step in range(settings.student_steps):
         inputs, target = next(batches)
-        for student in (eager, fast) if step % 2 else (fast, eager):
+        for student in students if step % 2 else reversed(students):
             student.step(teacher, inputs, target)
         yield
 
@@ -238,6 +304,10 @@ def largest_difference(eager: Sequence[float], fast: Sequence[float], steps: int
     """Relative to eager. NaN if any difference is."""
     a, b = torch.tensor(eager[:steps], dtype=torch.float64), torch.tensor(fast[:steps], dtype=torch.float64)
     return ((a - b).abs() / a.abs()).max().item()
+
+
+def max_or_nan(values: Iterable[float]) -> float:
+    return torch.tensor(list(values), dtype=torch.float64).max().item()
 
 
 def implementation() -> str:

@@ -160,6 +160,7 @@ class Chunks:
                     self._add(rows, problem, part, self._inside(), one)
             else:
                 put(losses, rows, loss)
+        del self.rows.student, self.rows.teachers  # the caller's: autograd keeps their tensors, and lets them go
         return losses.to(dtype), state
 
     def again(self, wanted: Sequence[bool], state: Tensor, grad_loss: Tensor) -> None:

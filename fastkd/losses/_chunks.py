@@ -100,6 +100,9 @@ class Chunks:
         self.chosen = self._compacted(weight != 0)
         active = self.count if self.chosen is None else len(self.chosen)
         bytes_per_row = sum(source.bytes_per_row for source in sources) + self._bytes_of_terms()
+        if self.chosen is not None:  # rows that are picked are copied
+            stored = [source.rows for source in sources if isinstance(source, Stored)]
+            bytes_per_row += sum(rows.shape[1] * rows.element_size() for rows in stored)
         self.chunk = _chunk(active, bytes_per_row, self._workspace())
         for source in sources:
             source.prepare(min(self.chunk, active))

@@ -139,7 +139,8 @@ class StoredStudent(Stored):
     def __init__(self, logits: Tensor, dim: int, wanted: Sequence[bool], dtype: torch.dtype) -> None:
         super().__init__(logits, dim)
         self.dtype = dtype  # in which a chunk is handed out
-        self.bytes_per_row = 0 if dtype is logits.dtype else self.vocabulary * dtype.itemsize
+        copies = int(dtype is not logits.dtype) + int(wanted[0])  # of the logits, and the gradient
+        self.bytes_per_row = copies * self.vocabulary * dtype.itemsize
         self.gradients: list[Tensor | None] = [torch.zeros_like(self.rows) if wanted[0] else None]
 
     def logits(self, rows: Rows) -> Tensor:

@@ -17,6 +17,7 @@ from . import _vocab_map
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 BETA = {"jsd": 0.5, "skew_kl": 0.1, "skew_reverse_kl": 0.1}  # the divergences that take beta, and their defaults
 UNSKEWED = {"skew_kl": "forward_kl", "skew_reverse_kl": "reverse_kl"}  # what they are at beta = 0
+TRACERS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
 PLAIN = (torch.Tensor, torch.nn.Parameter)
 ONE_LOGITS = "a tensor of logits or a Head"
 SEVERAL_LOGITS = "a tensor of logits, a Head, a TopK or an Expected, or a sequence of them"
@@ -209,7 +210,11 @@ class Logits:
         for tensor in (*self.tensors(), *self.constants):
             if type(tensor) not in PLAIN or tensor.is_neg():
                 return False
-        return torch._C._len_torch_dispatch_stack() == 0
+        if torch._C._len_torch_dispatch_stack() == 0:
+            return True
+        # What is made of operators is run, so that a mode that counts them sees them, unless it records or fakes.
+        tracers = (torch._C._get_dispatch_mode(key) for key in TRACERS)
+        return (self.computed or not self.plain) and all(mode is None for mode in tracers)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All that the student and the teachers consist of."""

@@ -35,6 +35,7 @@ def take_turns(impl: str, *turns: int) -> None:
         pytest.skip("without a GPU: takes turns")
 
 
+@pytest.mark.few_interpreted(3)
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -45,6 +46,7 @@ def test_exact(impl: str, divergence: str, option: str, dtype: torch.dtype) -> N
     check(smaller(HeadProblem(divergence, dtype=dtype, option=option), impl), impl)
 
 
+@pytest.mark.few_interpreted(4)
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 @pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -62,12 +64,14 @@ def test_gradient_precision_float32(impl: str, dtype: torch.dtype) -> None:
 MIXTURES = list(itertools.islice(itertools.product(STORAGE, repeat=3), 1, 27, 4))
 
 
+@pytest.mark.few_interpreted(3)
 @pytest.mark.parametrize("dtypes", MIXTURES, ids=str)
 def test_mixed_storage(impl: str, dtypes: tuple[torch.dtype, ...]) -> None:
     """Input, weight and bias of one head, and another head, each of its own dtype."""
     check(smaller(HeadProblem("jsd", option="hard", dtypes=(*dtypes, *dtypes[::-1])), impl), impl)
 
 
+@pytest.mark.few_interpreted(4)
 @pytest.mark.parametrize("compact", [None, False, True])
 @pytest.mark.parametrize("option", ["ignored", "by_row", "shared_vocab"])
 def test_compact_or_not(impl: str, option: str, compact: bool | None) -> None:

@@ -57,6 +57,7 @@ def judged(impl: str, tensors: Tensors, **options: Any) -> Tensors:
     return got
 
 
+@pytest.mark.few_interpreted(4)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_bias_that_masks_ids(impl: str, divergence: str, tensors: Tensors) -> None:
     """The same ids on both sides: they have no probability, and their part of the weight no gradient."""
@@ -68,6 +69,7 @@ def test_bias_that_masks_ids(impl: str, divergence: str, tensors: Tensors) -> No
     assert float(grads[1].abs().max()) > 1e-3
 
 
+@pytest.mark.few_interpreted(4)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_masks_of_one_side(impl: str, divergence: str, tensors: Tensors) -> None:
     """Infinite losses where the mathematics says so, never NaN, and gradients as those of logits."""
@@ -77,6 +79,7 @@ def test_masks_of_one_side(impl: str, divergence: str, tensors: Tensors) -> None
     judged(impl, tensors, divergence=divergence)
 
 
+@pytest.mark.few_interpreted(2)
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "tvd", "mse"])
 def test_huge_hidden_states(impl: str, divergence: str, tensors: Tensors) -> None:
     """Logits thousands apart. Where they overflow, the row is NaN as the row of logits is."""
@@ -90,6 +93,7 @@ def test_huge_hidden_states(impl: str, divergence: str, tensors: Tensors) -> Non
     assert bool(of_input[others].isfinite().all())
 
 
+@pytest.mark.few_interpreted(4)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_equal_rows_and_equal_models(impl: str, divergence: str, tensors: Tensors) -> None:
     hidden, weight, bias = tensors[:3]
@@ -107,6 +111,7 @@ POISONS = {"nan": NAN, "inf": INF, "huge": 1e38}
 HEADS: dict[str, dict[str, Any]] = {"plain": {}, "softcap": {"softcap": 5.0}, "scale": {"scale": -2.0}}
 
 
+@pytest.mark.few_interpreted(9)
 @pytest.mark.parametrize("why", ["target", "row_weight"])
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("head", HEADS)
@@ -133,6 +138,7 @@ def test_a_row_that_does_not_count_may_hold_anything(
     assert bool((got[1][1] == 0).all())
 
 
+@pytest.mark.few_interpreted(3)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("poison", POISONS)
 def test_one_nan_row_harms_no_other(impl: str, poison: str, head: str, tensors: Tensors) -> None:
@@ -210,6 +216,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.few_interpreted(5)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(impl: str, layout: str, dtype: torch.dtype, tensors: Tensors) -> None:
@@ -222,6 +229,7 @@ def test_layouts(impl: str, layout: str, dtype: torch.dtype, tensors: Tensors) -
         torch.testing.assert_close(x, y, rtol=1e-5 if dtype is torch.float32 else 1e-2, atol=1e-5)
 
 
+@pytest.mark.few_interpreted(3)
 @pytest.mark.parametrize("expanded", ["input", "weight", "bias"])
 def test_expanded_tensors(impl: str, expanded: str, tensors: Tensors) -> None:
     """One hidden state for all tokens, one row for all ids: stride 0 is read, and never written."""

@@ -94,6 +94,7 @@ def interpreted(impl: str) -> bool:
     return impl == "triton" and not torch.cuda.is_available()
 
 
+@pytest.mark.few_interpreted(2)
 @pytest.mark.parametrize("logits", LOGITS)
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 @pytest.mark.parametrize("option", OPTIONS)
@@ -109,6 +110,7 @@ def test_exact(impl: str, option: str, dtype: torch.dtype, logits: str) -> None:
     check(impl, rows, names(rows, 40))
 
 
+@pytest.mark.few_interpreted(3)
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 @pytest.mark.parametrize("k", [0, 1, 3, 16, 90])
 def test_any_number_of_ids(impl: str, k: int, dtype: torch.dtype) -> None:
@@ -117,6 +119,7 @@ def test_any_number_of_ids(impl: str, k: int, dtype: torch.dtype) -> None:
         check(impl, rows, names(rows, min(k, rows.shared)))
 
 
+@pytest.mark.few_interpreted(5)
 @pytest.mark.parametrize("option", ["soft", "hard", "hard_2", "shared", "overwrite"])
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 @pytest.mark.parametrize("logits", ["peaked", "rising"])
@@ -150,6 +153,7 @@ def test_many_ids(impl: str, k: int) -> None:
     check(impl, rows, names(rows, k))
 
 
+@pytest.mark.few_interpreted(3)
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.7])
 @pytest.mark.parametrize("mass", [1e-3, 1e-12, 1e-30, 1e-80])
 def test_a_tail_of_next_to_nothing_keeps_its_digits(impl: str, mass: float, temperature: float) -> None:
@@ -218,6 +222,7 @@ def test_logits_at_the_end_of_the_range(impl: str) -> None:
             assert grad.isfinite().all()
 
 
+@pytest.mark.few_interpreted(2)
 @pytest.mark.parametrize("offset", [0, 1, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_of_any_stride_and_alignment(impl: str, dtype: torch.dtype, offset: int) -> None:

@@ -26,6 +26,7 @@ def _other(x: Tensor, ids: Tensor) -> Tensor:
     return torch.tensor([next(j for j in range(60, len(x)) if j not in ids.tolist())])
 
 
+@pytest.mark.few_interpreted(4)
 @pytest.mark.parametrize("spoilt", SPOILT)
 @pytest.mark.parametrize("option", ["soft", "hard", "hard_2"])
 def test_an_unusable_row_is_nan_and_harms_no_other(impl: str, option: str, spoilt: str) -> None:
@@ -44,6 +45,7 @@ def test_an_unusable_row_is_nan_and_harms_no_other(impl: str, option: str, spoil
     assert (solve(impl, rows, ids, slopes)[2][1] == 0).all()
 
 
+@pytest.mark.few_interpreted(3)
 @pytest.mark.parametrize("option", ["soft", "soft_shared", "a_third_shared"])
 @pytest.mark.parametrize("event", [0, 3, -1])
 def test_a_nan_slope_makes_its_row_nan(impl: str, option: str, event: int) -> None:

@@ -39,7 +39,7 @@ def _sum(tensor: Tensor) -> float:
     columns = torch.sin(1 + 0.7548776662 * torch.arange(width, dtype=torch.float64, device=rows.device))
     step, total = max(1, SLAB // max(1, width)), rows.new_zeros((), dtype=torch.float64)
     for begin in range(0, len(rows), step):
-        part = rows[begin : begin + step].double().nan_to_num_(**INFINITE)
+        part = rows[begin : begin + step].double().nan_to_num(**INFINITE)
         lines = torch.arange(begin, begin + len(part), dtype=torch.float64, device=rows.device)
         total += (part @ columns) @ torch.cos(0.5698402910 * lines)
     _known[tensor] = version, float(total)

@@ -99,7 +99,7 @@ def apply(
         student_topk=student_topk,
     )
     of_student = tensors_of(logits.student)
-    tensors = [*of_student, *(x for one in teachers for x in tensors_of(one))]
+    tensors = [*of_student, *(x.detach() for one in teachers for x in tensors_of(one))]  # a teacher is a constant
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in of_student]
     call = Call(chunks, logits.constants, wanted)
     loss = ChunkedLoss.apply(call, logits.dtype, *tensors)

@@ -189,6 +189,8 @@ def test_what_it_is_made_from() -> None:
     torch.testing.assert_close(made.bias[0].double(), p @ B.double(), rtol=1e-5, atol=1e-6)  # type: ignore[index]
     torch.testing.assert_close(made.entropy[0].double(), -(p * p.log()).sum(-1), rtol=1e-5, atol=1e-6)  # type: ignore
     torch.testing.assert_close(headed.mean.double(), of_head @ W.double(), rtol=1e-5, atol=1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(Expected.from_teacher(head, W).mean, headed.mean)
     assert headed.entropy is None
     assert headed.bias is None
     with pytest.raises(ValueError, match=r"weight must have the teacher's vocabulary, 67, as its rows, got \(66, 8\)"):

@@ -170,6 +170,8 @@ def test_from_the_logits_of_a_head() -> None:
         torch.testing.assert_close(got.log_probs, want.log_probs)
         assert torch.equal(got.indices, want.indices)
     assert TopK.from_logits(torch.zeros(0, 9), 2).indices.shape == (0, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(TopK.from_logits(head, 6).log_probs, want.log_probs)
 
 
 def test_from_logits_made_wrongly() -> None:

@@ -104,7 +104,7 @@ class Expected:
             rule = f"have the teacher's vocabulary, {teacher.shape[-1]}, as its rows"
             _checks.bad_value("Expected.from_teacher", "weight", rule, tuple(weight.shape))
         shape = teacher.shape[:-1]
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(teacher.device.type, enabled=False):
             parts = [_moments(logits, weight, bias, temperature) for _, logits in _by_rows(teacher)]
             mean, offset, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
         return cls(

@@ -129,7 +129,7 @@ class TopK:
             rule = f"have shape {(*shape, k)}"
             _checks.bad_value("TopK.from_logits", "indices", rule, tuple(indices.shape))
         chosen = None if indices is None else indices.reshape(-1, k).long()
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
             parts = [
                 _best(part, k, None if chosen is None else chosen[rows], temperature) for rows, part in _by_rows(logits)
             ]

@@ -143,6 +143,20 @@ def test_a_student_masked_under_the_teacher(impl: str, tail: str, divergence: st
 
 
 @pytest.mark.parametrize("divergence", TAKES["bucket"])
+def test_a_vocabulary_masked_on_both_sides(impl: str, divergence: str) -> None:
+    """All ids that are left are named: what rounding leaves of the probability belongs to nobody."""
+    masked = torch.arange(41) >= 8
+    student, teacher = (flat_logits(5, 41, seed=seed).masked_fill(masked, -INF) for seed in (1, 2))
+    want = evaluate(impl, student[:, :8], teacher[:, :8], divergence=divergence)
+    for k in (8, 12) if divergence != "reverse_kl" else (8,):
+        loss, grad = evaluate(impl, student, TopK.from_logits(teacher, k), divergence=divergence)
+        torch.testing.assert_close((loss, grad[:, :8]), want, rtol=1e-5, atol=1e-5)
+        assert bool((grad[:, 8:] == 0).all())
+    loss, _ = evaluate(impl, student, TopK.from_logits(flat_logits(5, 41), 8), divergence=divergence)
+    assert bool((loss == INF).all()) == (divergence in FORWARD)
+
+
+@pytest.mark.parametrize("divergence", TAKES["bucket"])
 @pytest.mark.parametrize("beyond", [0.0, 2.0**-10])
 def test_all_probability_is_known(impl: str, divergence: str, beyond: float) -> None:
     """Exactly 1, or slightly above by rounding: the rest is 0, and 2^-24 in the reverse divergences."""

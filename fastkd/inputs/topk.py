@@ -25,7 +25,8 @@ class TopK:
 
     * ``"bucket"``: one more event, of probability max(1 - sum P, 0), compared with the student's mass of all other ids.
       A lower bound of the whole divergence, exact where nothing is known about the others. In the reverse divergences
-      that probability is at least 2^-24: at 0 they would be infinite.
+      that probability is at least 2^-24: at 0 they would be infinite. Where the student's other ids are all masked
+      (-inf), one up to 2^-16 is taken for rounding, and for 0.
     * ``"renormalize"``: P / sum P, nothing elsewhere, against the whole q. The reverse divergences would be infinite.
     * ``"support"``: P / sum P against q renormalised on the same ids. The other ids get no gradient.
     * ``"uniform"``: the rest of the probability spread evenly over the other ids. Costs what a teacher's logits cost.

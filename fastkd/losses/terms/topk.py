@@ -19,6 +19,7 @@ from . import Term
 from .weighing import NOTHING, column, loss_of, soft_rows, squared, upstream
 
 FLOOR = 2.0**-24  # of the tail's probability where the divergence would be infinite without it
+NEARLY_0 = 2.0**-16  # what rounded log-probabilities may leave over
 REVERSE = ("reverse_kl", "skew_reverse_kl")
 
 
@@ -64,7 +65,7 @@ def _best(teacher: SparseTeacher) -> Tensor:
 def _problem(rows: LogitRows, teacher: SparseTeacher, events: Tensor, active: Tensor) -> LogitRows:
     """The divergence of the events, at temperature 1: they are log-probabilities already."""
     student, taught = (
-        (events, _taught(rows, teacher)) if teacher.tail != "support" else (events[:, :-1], teacher.log_probs)
+        (events, _taught(rows, teacher, events)) if teacher.tail != "support" else (events[:, :-1], teacher.log_probs)
     )
     return LogitRows(
         student=student,
@@ -83,7 +84,7 @@ def _problem(rows: LogitRows, teacher: SparseTeacher, events: Tensor, active: Te
     )
 
 
-def _taught(rows: LogitRows, teacher: SparseTeacher) -> Tensor:
+def _taught(rows: LogitRows, teacher: SparseTeacher, events: Tensor) -> Tensor:
     """The log-probabilities of the k + 1 events."""
     log_probs = teacher.log_probs
     if teacher.tail == "events":
@@ -94,6 +95,8 @@ def _taught(rows: LogitRows, teacher: SparseTeacher) -> Tensor:
         rest = torch.zeros_like(log_probs[:, :1], dtype=torch.float64)
     if rows.divergence in REVERSE:
         rest = rest.clamp(min=FLOOR)
-    # Where all ids are named there is no other, whatever rounding leaves over.
-    rest = torch.where((teacher.indices >= 0).sum(1, keepdim=True) == rows.shared, 0.0, rest)
+    # Where all ids are named, or all others are masked (-inf), nothing but rounding is left for them.
+    all_named = (teacher.indices >= 0).sum(1, keepdim=True) == rows.shared
+    masked = (events[:, -1:] == -torch.inf) & (rest <= NEARLY_0)
+    rest = torch.where(all_named | masked, 0.0, rest)
     return torch.cat([log_probs, rest.log().to(log_probs.dtype)], 1)

@@ -91,6 +91,21 @@ def test_order_does_not_matter(impl: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("by_row", [False, True])
+def test_agreement_counts_by_weight(impl: str, by_row: bool) -> None:
+    student = flat_logits(N, V, seed=1)
+    best = student.argmax(1, keepdim=True)
+    right = TopK(torch.cat([best, (best + 1) % V], 1), torch.tensor([[0.6, 0.3]] * N).log())
+    wrong = TopK(torch.cat([best, (best + 1) % V], 1), torch.tensor([[0.3, 0.6]] * N).log())
+    weight = torch.tensor([0.5, 0.25, 0.125]).expand(N, 3) if by_row else (0.5, 0.25, 0.125)
+    options: dict[str, Any] = {"reduction": "none", "return_parts": True, "impl": impl}
+    for teachers, want in (([wrong, right, student], 0.375), ([right, wrong, wrong], 0.5), ([wrong] * 3, 0.0)):
+        _, parts = fastkd.kd_loss(student, teachers, teacher_weight=weight, **options)
+        assert parts.teacher_agreement.tolist() == [want] * N
+    _, parts = fastkd.kd_loss(student, right, teacher_weight=(0.25,), **options)
+    assert parts.teacher_agreement.tolist() == [0.25] * N
+
+
 def test_one_among_one(impl: str) -> None:
     student = flat_logits(N, V, seed=1)
     for teacher in (*SPARSE, RENORMALIZED, SAMPLES):

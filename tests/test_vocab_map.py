@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -91,6 +92,21 @@ def test_a_topk_drops_other_ids_and_is_renormalised(impl: str, tail: str) -> Non
         rtol=1e-5,
         atol=1e-7,
     )
+
+
+def test_what_a_topk_keeps_is_all_in_reverse_too(impl: str) -> None:
+    """Renormalised, and beside it 2^-24 for all other ids together."""
+    student, logits = flat_logits(N, S, seed=1), flat_logits(N, T, seed=2)
+    teacher = TopK.from_logits(logits, 12)
+    got, _ = evaluate(impl, student, teacher, shared_vocab=30, divergence="reverse_kl")
+    for row in range(N):
+        kept = teacher.indices[row] < 30
+        ids, known_of = teacher.indices[row][kept], teacher.log_probs[row][kept].double()
+        lq = student[row, :30].double().log_softmax(0)
+        rest = 1 - lq[ids].exp().sum()
+        lp = known_of.log_softmax(0)
+        want = (lq[ids].exp() * (lq[ids] - lp)).sum() + rest * (rest.log() + 24 * math.log(2))
+        assert float(got[row]) == pytest.approx(float(want), rel=2e-6)
 
 
 def test_several_teachers_and_a_head(impl: str) -> None:

@@ -195,6 +195,10 @@ def test_what_it_is_made_from() -> None:
     assert headed.bias is None
     with pytest.raises(ValueError, match=r"weight must have the teacher's vocabulary, 67, as its rows, got \(66, 8\)"):
         Expected.from_teacher(T, W[1:])
+    with pytest.raises(
+        TypeError, match=r"^Expected\.from_teacher: teacher must be a tensor of logits or a Head, got list"
+    ):
+        Expected.from_teacher([T], W)  # type: ignore[arg-type]
     assert Expected.from_teacher(T[:0], W).mean.shape == (0, H)
 
 

@@ -182,6 +182,17 @@ def test_from_logits_made_wrongly() -> None:
             TopK.from_logits(torch.zeros(2, 41), k)
     with pytest.raises(ValueError, match=r"^TopK\.from_logits: indices must have shape \(2, 3\), got \(2, 2\)"):
         TopK.from_logits(torch.zeros(2, 41), 3, indices=IDS)
+    for got in (-1, 41):
+        with pytest.raises(ValueError, match=rf"^TopK\.from_logits: indices must hold ids from 0 to 40, got {got}$"):
+            TopK.from_logits(torch.zeros(2, 41), 2, indices=torch.full((2, 2), got))
+    for wrong, message in (
+        ([[1]], "be a tensor, got list"),
+        (torch.zeros(2, 2), "hold integer ids, got torch.float32"),
+    ):
+        with pytest.raises(TypeError, match=rf"^TopK\.from_logits: indices must {message}"):
+            TopK.from_logits(torch.zeros(2, 41), 2, indices=wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^TopK\.from_logits: logits must be a tensor of logits or a Head, got list$"):
+        TopK.from_logits([[1.0]], 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^TopK\.from_logits: temperature must be positive"):
         TopK.from_logits(torch.zeros(2, 41), 3, temperature=0)
 
@@ -191,6 +202,8 @@ def test_from_samples() -> None:
     torch.testing.assert_close(made.log_probs.exp(), torch.tensor([[0.75, 0.25, 0.0], [0.0, 0.5, 0.5]]))
     with pytest.raises(ValueError, match=r"^TopK\.from_samples: counts must not be negative, got -1$"):
         TopK.from_samples(IDS, IDS - 2)
+    with pytest.raises(TypeError, match=r"^TopK\.from_samples: indices must be a tensor, got list$"):
+        TopK.from_samples([1], IDS)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^TopK\.from_samples: counts must be a tensor, got list$"):
         TopK.from_samples(IDS, [1])  # type: ignore[arg-type]
 

@@ -100,6 +100,8 @@ class Expected:
             tensor([0.6931])
         """
         temperature = _checks.positive("Expected.from_teacher", "temperature", temperature)
+        if not isinstance(teacher, Head):
+            _checks.logits("Expected.from_teacher", "teacher", teacher, "a tensor of logits or a Head")
         if teacher.shape[-1] != len(weight):
             rule = f"have the teacher's vocabulary, {teacher.shape[-1]}, as its rows"
             _checks.bad_value("Expected.from_teacher", "weight", rule, tuple(weight.shape))

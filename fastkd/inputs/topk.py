@@ -121,14 +121,15 @@ class TopK:
             >>> TopK.from_logits(torch.tensor([[0.0, 2.0, 1.0]]), 2).indices
             tensor([[1, 2]])
         """
+        if not isinstance(logits, Head):
+            _checks.logits("TopK.from_logits", "logits", logits, "a tensor of logits or a Head")
         vocabulary = logits.shape[-1]
         if not 1 <= _checks.count("TopK.from_logits", "k", k) <= vocabulary:
             _checks.bad_value("TopK.from_logits", "k", f"be from 1 to {vocabulary}, the vocabulary", k)
         temperature = _checks.positive("TopK.from_logits", "temperature", temperature)
         shape = logits.shape[:-1]
-        if indices is not None and indices.shape != (*shape, k):
-            rule = f"have shape {(*shape, k)}"
-            _checks.bad_value("TopK.from_logits", "indices", rule, tuple(indices.shape))
+        if indices is not None:
+            _check_ids(indices, (*shape, k), vocabulary)
         chosen = None if indices is None else indices.reshape(-1, k).long()
         with torch.no_grad(), torch.autocast(logits.device.type, enabled=False):
             parts = [
@@ -155,8 +156,9 @@ class TopK:
             >>> TopK.from_samples(torch.tensor([[7, 3]]), torch.tensor([[3, 1]])).log_probs.exp()
             tensor([[0.7500, 0.2500]])
         """
-        if not isinstance(counts, Tensor):
-            _checks.bad_type("TopK.from_samples", "counts", "be a tensor", type(counts).__name__)
+        for name, value in (("indices", indices), ("counts", counts)):
+            if not isinstance(value, Tensor):
+                _checks.bad_type("TopK.from_samples", name, "be a tensor", type(value).__name__)
         if counts.device.type == "cpu" and bool((counts < 0).any()):
             _checks.bad_value("TopK.from_samples", "counts", "not be negative", counts.min().item())
         present = torch.where(indices == ABSENT, 0, counts).double()
@@ -208,6 +210,19 @@ class TopK:
         if _is_sequence(logprobs):
             ids, values = ids[0], values[0]
         return cls(ids.to(device), values.to(device), tail=tail, temperature=temperature)
+
+
+def _check_ids(indices: Tensor, shape: tuple[int, ...], vocabulary: int) -> None:
+    op = "TopK.from_logits"
+    if not isinstance(indices, Tensor):
+        _checks.bad_type(op, "indices", "be a tensor", type(indices).__name__)
+    if indices.dtype not in _checks.INTEGERS:
+        _checks.bad_type(op, "indices", "hold integer ids", indices.dtype)
+    if indices.shape != shape:
+        _checks.bad_value(op, "indices", f"have shape {shape}", tuple(indices.shape))
+    outside = (indices < 0) | (indices >= vocabulary)
+    if indices.device.type == "cpu" and bool(outside.any()):
+        _checks.bad_value(op, "indices", f"hold ids from 0 to {vocabulary - 1}", int(indices[outside][0]))
 
 
 def _is_sequence(logprobs: Sequence[Any]) -> bool:

@@ -247,6 +247,13 @@ def test_a_change_of_the_map_is_noticed(inference: bool) -> None:
         assert fastkd.kd_loss(wider, teacher, vocab_map=mapping) != fastkd.kd_loss(student, teacher, vocab_map=mapping)
 
 
+def test_a_map_is_checked_for_every_size_of_student() -> None:
+    mapping = partial().index_fill(0, (partial() < 0).nonzero()[0], S)
+    assert fastkd.kd_loss(flat_logits(N, S + 1), flat_logits(N, T), vocab_map=mapping).isfinite()
+    with pytest.raises(ValueError, match=rf"vocab_map must hold ids from 0 to {S - 1}, or -1, got {S}"):
+        fastkd.kd_loss(flat_logits(N, S), flat_logits(N, T), vocab_map=mapping)
+
+
 def test_a_map_that_changes_before_backward(impl: str) -> None:
     mapping = partial()
     leaf = flat_logits(N, S).requires_grad_()

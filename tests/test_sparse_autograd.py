@@ -292,6 +292,23 @@ def test_a_head_allocates_a_workspace_and_its_gradients(impl: str, kind: str, mo
     assert v <= max(allocations.sizes) <= v + 1
 
 
+@pytest.mark.parametrize(("kind", "rows"), [("bucket", 12), ("uniform", 6), ("several", 3), ("mapped", 2)])
+def test_the_workspace_holds_what_the_terms_add_up(
+    impl: str, kind: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits of the student and of a uniform teacher, two gradients to add, the pairs' logits: that many rows fit."""
+    if impl == "reference":
+        pytest.skip("eager")
+    n, v = 24, 1200
+    leaf, w = flat_logits(n, H).to(DEVICE).requires_grad_(), flat_logits(v, H, seed=3).to(DEVICE)
+    teacher = known("uniform" if kind == "uniform" else "bucket", n, v)
+    given: Any = [teacher, known("uniform", n, v)] if kind == "several" else teacher
+    options: dict[str, Any] = {"vocab_map": torch.arange(v).to(DEVICE)} if kind == "mapped" else {}
+    allocations = Allocations(monkeypatch)
+    fastkd.kd_loss(Head(leaf, w, workspace=12 * v * 4), given, impl=impl, **options).backward()
+    assert rows * v <= max(allocations.sizes) <= rows * (v + 1)
+
+
 def test_nothing_of_the_size_of_the_logits_is_kept(impl: str) -> None:
     """Between forward and backward: what the caller passed, and k numbers a row."""
     n, v = 3, 1200

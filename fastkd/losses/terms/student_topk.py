@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import _checks
 from ..._rows import TEACHER_AGREES, WEIGHT, LogitRows, SparseTeacher, weights
 from . import Term
 from .weighing import NO_TEACHERS, column, inner, soft_rows
@@ -23,6 +24,9 @@ class StudentTopK:
         self.k, self.passes, self.single, self.several = k, passes, single, several
 
     def forward(self, rows: LogitRows) -> tuple[Tensor, Tensor, Any]:
+        if self.k > rows.shared:  # how many pairs a vocab_map has is found out late
+            rule = f"be at most {rows.shared}, the shared vocabulary"
+            _checks.bad_value("kd_loss", "student_topk", rule, self.k)
         ids = rows.student[:, : rows.shared].topk(self.k).indices
         active = soft_rows(rows, weights(rows, len(rows.student), rows.student))
         events = [self._events(rows, i, ids, active) for i in range(len(rows.teachers))]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from logit_problems import STORAGE
-from sparse_problems import INF, OPTIONS, PAIRS, RECORDED, TAKES, evaluate, known, labels, plain
+from sparse_problems import INF, OPTIONS, PAIRS, RECORDED, TAKES, evaluate, few_interpreted, known, labels, plain
 from torch import Tensor
 
 import fastkd
@@ -15,6 +15,7 @@ from fastkd import TopK
 from fastkd.testing import assert_as_exact_as_fp32, flat_logits, peaked_logits
 
 STORED = [(a, b) for a in STORAGE for b in STORAGE]
+_few_interpreted = pytest.fixture(autouse=True)(few_interpreted)
 BY_TAIL = pytest.mark.parametrize("tail", TAKES)
 
 
@@ -43,7 +44,7 @@ def test_exact(impl: str, tail: str, divergence: str) -> None:
         if (turn + i) % (6 if interpreted(impl) else every):
             continue
         storage, recorded = STORED[(turn + i) % len(STORED)]
-        logits = (peaked_logits, flat_logits)[(turn + i) % 2](n, v, seed=1, dtype=storage)
+        logits = (peaked_logits, flat_logits)[(turn + i) % 2 or interpreted(impl)](n, v, seed=1, dtype=storage)
         teacher = known(tail, n, v, k, recorded, RECORDED.get(option, 1.0))
         loss, grad = check(impl, logits, teacher, divergence=divergence, **make(n, v))
         assert loss.abs().max() > 1e-3, option

@@ -25,8 +25,9 @@ Dtypes = tuple[torch.dtype, ...]
 
 ORDER = ("triton", "native", "reference")
 PACKAGES = {"triton": "fastkd_kernels", "native": "fastkd.native", "reference": "fastkd.reference"}
-# operation -> the file name of its family; in brackets the passes over the logits that a kind of teacher needs more
-OPERATIONS = {"kd_loss": "logit", "kd_loss(TopK)": "topk", "cross_entropy": "logit"}
+# operation -> the file name of its family; in brackets the passes over the logits that a kind of teacher needs more, or
+# the option that takes matmuls which torch does not have
+OPERATIONS = {"kd_loss": "logit", "kd_loss(TopK)": "topk", "cross_entropy": "logit", 'Head(compact="device")': "matmul"}
 LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 _STORAGE = frozenset((torch.float16, torch.bfloat16, torch.float32))
 
@@ -55,8 +56,11 @@ def _first(op: str, device: torch.device, dtypes: Dtypes) -> tuple[str, str | No
     for name in ORDER:
         reason = _refusal(op, name, device, dtypes)
         if reason is None or (name == "native" and reason == native.wrong_setting()):
-            break
-    return name, reason
+            return name, reason
+    # Nobody can. Of those that could elsewhere the first says why.
+    written = (name for name in ORDER if _unwritten(f"{PACKAGES[name]}.{OPERATIONS[op]}") is None)
+    name = next(written, ORDER[0])
+    return name, _refusal(op, name, device, dtypes)
 
 
 def _pinned(op: str, impl: str, device: torch.device, dtypes: Dtypes) -> ModuleType:
@@ -65,7 +69,7 @@ def _pinned(op: str, impl: str, device: torch.device, dtypes: Dtypes) -> ModuleT
     reason = _refusal(op, impl, device, dtypes, pinned=True)
     if reason is not None:
         others = ", ".join(name for name in ORDER if _refusal(op, name, device, dtypes, pinned=True) is None)
-        raise RuntimeError(f"{op}: impl={impl!r} cannot run here: {reason}; what can: {others}")
+        raise RuntimeError(f"{op}: impl={impl!r} cannot run here: {reason}; what can: {others or 'nothing'}")
     return _module(impl, OPERATIONS[op])
 
 
@@ -136,7 +140,8 @@ _REFUSALS: dict[str, Callable[[torch.device, Dtypes, bool], str | None]] = {
 def explain(op: str | None = None, *tensors: Tensor) -> None:
     """Print, for one operation or all, every implementation with "ok" or why it is passed over, and which one runs.
 
-    A setting that the C++ kernels refuse (FASTKD_CPU_ISA) makes a call raise, and no other implementation stands in.
+    A setting that the C++ kernels refuse (FASTKD_CPU_ISA) makes a call raise, and no other implementation stands in. So
+    does an operation that nobody computes here.
 
     Args:
         op: Name of an operation, such as ``"kd_loss"``; None for all.

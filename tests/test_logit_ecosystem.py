@@ -291,9 +291,7 @@ def test_explain(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum("<- runs" in line for line in lines) == 1
     fastkd.explain()
     assert "cross_entropy" in capsys.readouterr().out
-    with pytest.raises(
-        ValueError, match=r"explain: op must be one of kd_loss, kd_loss\(TopK\), cross_entropy, got 'kl'"
-    ):
+    with pytest.raises(ValueError, match=r"explain: op must be one of kd_loss, .*, got 'kl'"):
         fastkd.explain("kl")
 
 

@@ -37,7 +37,9 @@ class Head:
         grad_precision: What the gradient of the logits is rounded to before its two matmuls. None: on a GPU to the
             operands' dtype, once; on a CPU not at all. ``"float32"``: nowhere.
         compact: Leave rows that ``ignore_index`` drops out of the matmuls. None: on a CPU yes; on a GPU no, since the
-            host would have to wait for their number; True accepts that wait.
+            host would have to wait for their number; True accepts that wait. ``"device"``, for a GPU: rows that count
+            go first, and Triton's matmuls, in place of torch's, read on the device how many they are; nobody waits.
+            Where the heads of a call differ, ``"device"`` goes before True, and True before False.
         filter_eps: Leave parts of the logits (64 rows, 512 ids) out of the two backward matmuls where every |gradient|
             is at most this, in units of probability: before row weights, normalizer and
             upstream gradient. The error of a row of input's gradient is at most filter_eps, times those, times the sum
@@ -45,6 +47,7 @@ class Head:
         workspace: Bytes for the logits of some rows, for this call; by default what :func:`fastkd.set_workspace` says.
 
     Raises:
+        RuntimeError: ``filter_eps`` on a GPU; from the loss, ``compact="device"`` where it cannot run.
         TypeError: a wrong type or dtype; a distributed (DTensor) weight, which has to be gathered first.
         ValueError: shapes that do not fit, different devices, a scale or softcap that is not a usable number.
 
@@ -63,7 +66,7 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     grad_precision: str | None = None
-    compact: bool | None = None
+    compact: bool | str | None = None
     filter_eps: float = 0.0
     workspace: int | None = None
 
@@ -78,8 +81,12 @@ class Head:
             _checks.positive("Head", "softcap", self.softcap)
         if self.grad_precision is not None:
             _checks.choice("Head", "grad_precision", self.grad_precision, PRECISIONS)
+        if self.compact is not None and not isinstance(self.compact, bool) and self.compact != "device":
+            _checks.bad_value("Head", "compact", "be None, True, False or 'device'", repr(self.compact))
         if _checks.not_negative("Head", "filter_eps", self.filter_eps) and self.input.device.type != "cpu":
             raise RuntimeError("Head: filter_eps runs on a CPU alone: the matmuls of a GPU cannot leave tiles out")
+        if self.filter_eps != 0 and self.compact == "device":
+            _checks.bad_value("Head", "filter_eps", 'be 0 with compact="device"', self.filter_eps)
         if self.workspace is not None:
             _checks.count("Head", "workspace", self.workspace)
 

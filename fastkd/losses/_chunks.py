@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _checks, _rows
+from .. import _checks, _dispatch, _rows
 from .._rows import LogitRows
 from .._workspace import workspace
 from ..inputs import Head, TopK
@@ -23,9 +24,11 @@ from ..inputs._checksum import agree, checksum
 from . import _vocab_map
 from ._arrangement import state_columns, term
 from ._logit_arguments import Given
-from ._sources import Computed, ComputedStudent, Rows, Spread, Stored, StoredStudent, put, take
+from ._sources import Computed, ComputedStudent, Leading, Rows, Spread, Stored, StoredStudent, put, take
 from .terms.expected import past_the_logits
 from .terms.weighing import number
+
+DEVICE = 'Head(compact="device")'  # the operation that has the matmuls
 
 
 class Chunks:
@@ -82,13 +85,13 @@ class Chunks:
     def plan(self, wanted: Sequence[bool]) -> None:
         """Opens the sources and cuts the rows into chunks."""
         self._choose()
-        student, shared = self.student, self.rows.shared
+        student, shared, matmuls = self.student, self.rows.shared, self._matmuls()
         self.source: StoredStudent | ComputedStudent
         if isinstance(student, Head):
-            self.source = ComputedStudent(student, wanted)
+            self.source = ComputedStudent(student, wanted, matmuls)
         else:
             self.source = StoredStudent(student, self.dim, wanted, self._dtypes()[0])
-        self.taught = [_source(x, self.dim, shared) for x in self.teachers]
+        self.taught = [_source(x, self.dim, shared, matmuls) for x in self.teachers]
         sources = [self.source, *self.taught]
         weight = _rows.weights(self.rows, self.count, torch.empty(0, device=self.device))
         for source in self.taught:
@@ -106,6 +109,10 @@ class Chunks:
         self.chunk = _chunk(active, bytes_per_row, self._workspace())
         for source in sources:
             source.prepare(min(self.chunk, active))
+        self.leading: Tensor | None = None  # how many rows of each chunk count
+        if matmuls is not None:
+            ahead = torch.arange(0, active, self.chunk, device=self.device)
+            self.leading = ((weight != 0).sum() - ahead).clamp(0, self.chunk)
 
     def _bytes_of_terms(self) -> int:
         """A row of what the terms allocate: gradients to add up, and the pairs' logits."""
@@ -119,22 +126,44 @@ class Chunks:
         given = [x.workspace for x in (self.student, *self.teachers) if isinstance(x, Head) and x.workspace is not None]
         return max(given) if given else workspace(self.device)
 
-    def _compacted(self, counts: Tensor) -> Tensor | None:
-        """The numbers of the rows that count, if the others are left out."""
+    def _compaction(self) -> str | bool:
+        """Which rows the matmuls leave out: none, those that do not count (True), or the same without waiting."""
         heads = [x for x in (self.student, *self.teachers) if isinstance(x, Head)]
         chosen = [head.compact for head in heads if head.compact is not None]
-        if not (any(chosen) if chosen else self.device.type == "cpu"):
-            if isinstance(self.source, ComputedStudent):
-                self.source.counts = counts.unsqueeze(1)
+        if "device" in chosen:
+            return "device"
+        return any(chosen) if chosen else self.device.type == "cpu"
+
+    def _matmuls(self) -> Any:
+        """Who multiplies rows of which the device alone knows how many count, if that is asked for."""
+        if self._compaction() != "device":
+            return None
+        heads = [x for x in (self.student, *self.teachers) if isinstance(x, Head)]
+        first, *others = [x for head in heads for x in head.tensors()]
+        try:
+            return _dispatch.pick(DEVICE, self.impl, first, others)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}; compact=None and compact=True run anywhere") from None
+
+    def _compacted(self, counts: Tensor) -> Tensor | None:
+        """The numbers of the rows, those that count first or alone; None if all are computed as they stand."""
+        way = self._compaction()
+        if way is not True and isinstance(self.source, ComputedStudent):
+            self.source.counts = counts.unsqueeze(1)
+        if way == "device":
+            return (~counts).to(torch.uint8).argsort(stable=True)
+        if not way:
             return None
         numbers = counts.nonzero().squeeze(1)
         return None if len(numbers) == self.count else numbers
 
     def chunks(self) -> Iterator[tuple[Rows, LogitRows]]:
         active = self.count if self.chosen is None else len(self.chosen)
-        for begin in range(0, active, self.chunk):
+        for i, begin in enumerate(range(0, active, self.chunk)):
             part = slice(begin, min(begin + self.chunk, active))
             rows: Rows = part if self.chosen is None else self.chosen[part]
+            if self.leading is not None and isinstance(rows, Tensor):
+                rows = Leading(rows, self.leading[i])
             logits = self.source.logits(rows)
             taught = tuple(source.logits(rows) for source in self.taught)
             problem = _rows.of_rows(self.rows, lambda numbers: take(numbers, rows), logits, taught)  # noqa: B023
@@ -217,9 +246,9 @@ class Chunks:
         return self._one() if self.scaled else self.scale()
 
 
-def _source(given: Given, dim: int, shared: int) -> Computed | Spread | Stored:
+def _source(given: Given, dim: int, shared: int, matmuls: Any) -> Computed | Spread | Stored:
     if isinstance(given, Head):
-        return Computed(given)
+        return Computed(given, matmuls)
     if isinstance(given, TopK):
         return Spread(given, shared)
     assert isinstance(given, Tensor)

@@ -1,13 +1,16 @@
 """Where the logits of some rows come from: a tensor that holds them, or a head that computes them when asked.
 
 A source hands out the logits of the rows it is asked for, ``(rows, V)``. The student's also takes the gradient of these
-logits, and adds up what that makes of its tensors' gradients. Rows are a slice, or a tensor of their numbers. Matmuls
-are torch's; they run with autocast off, in the dtypes that stand here.
+logits, and adds up what that makes of its tensors' gradients. Rows are a slice, a tensor of their numbers, or
+:class:`Leading`. Matmuls are torch's, but for those of ``Leading`` rows; they run with autocast off, in the dtypes that
+stand here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +20,34 @@ from ..inputs import Head, TopK
 from ._filter import ROWS, kept
 from ._logit_autograd import flatten
 
-Rows = slice | Tensor
 SLAB = 16 * 2**20  # bytes of a weight that is widened at a time
 
 
+@dataclass(frozen=True, eq=False)
+class Leading:
+    """Rows of which only the first ones count, and how many: a number that the device alone knows.
+
+    No matmul touches the others. Their logits are what was in the buffer, maybe NaN; their gradients are 0.
+    """
+
+    numbers: Tensor
+    count: Tensor  # 0-dim
+
+
+Rows = slice | Tensor | Leading
+
+
 def take(tensor: Tensor, rows: Rows) -> Tensor:
-    return tensor[rows] if isinstance(rows, slice) else tensor.index_select(0, rows)
+    if isinstance(rows, slice):
+        return tensor[rows]
+    return tensor.index_select(0, rows.numbers if isinstance(rows, Leading) else rows)
 
 
 def put(target: Tensor, rows: Rows, values: Tensor) -> None:
     if isinstance(rows, slice):
         target[rows] = values
     else:
-        target.index_copy_(0, rows, values.to(target.dtype))
+        target.index_copy_(0, rows.numbers if isinstance(rows, Leading) else rows, values.to(target.dtype))
 
 
 class Stored:
@@ -79,10 +97,10 @@ class Spread:
 
 
 class Computed:
-    """A head. Its logits are written into one buffer again and again."""
+    """A head. Its logits are written into one buffer again and again. ``matmuls``: those of ``Leading`` rows."""
 
-    def __init__(self, head: Head) -> None:
-        self.head, self.dtype = head, head.dtype
+    def __init__(self, head: Head, matmuls: Any = None) -> None:
+        self.head, self.dtype, self.matmuls = head, head.dtype, matmuls
         self.input = head.input.detach().reshape(-1, head.input.shape[-1])
         self.weight = head.weight.detach()
         self.bias = None if head.bias is None else head.bias.detach()
@@ -92,17 +110,27 @@ class Computed:
 
     def prepare(self, chunk: int) -> None:
         """Allocates for so many rows at a time."""
-        self.buffer = self.input.new_empty((chunk, self.vocabulary), dtype=self.dtype)
+        self.buffer = self._empty(chunk, self.dtype)
         if self.narrow is not None:
             self.weight = self.weight.to(self.narrow)  # itself, unless autocast asks for another dtype
 
+    def _empty(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """(rows, V). Those that ``matmuls`` take begin at multiples of 16 bytes: such rows are read faster."""
+        more = 0 if self.matmuls is None else -self.vocabulary % (16 // dtype.itemsize)
+        return self.input.new_empty((rows, self.vocabulary + more), dtype=dtype)[:, : self.vocabulary]
+
     def operand(self, rows: Rows) -> Tensor:
-        return take(self.input, rows).to(self.narrow or self.dtype)
+        hidden = take(self.input, rows)
+        if isinstance(rows, Leading) and self.narrow is None:
+            return hidden  # the matmul itself widens what has to be wide
+        return hidden.to(self.narrow or self.dtype)
 
     def logits(self, rows: Rows) -> Tensor:
         head, hidden = self.head, self.operand(rows)
         out = self.buffer[: len(hidden)]
-        if self.narrow is not None:
+        if isinstance(rows, Leading):
+            self.matmuls.multiply(hidden, self.weight.t(), rows.count, out, bias=self.bias, scale=head.scale)
+        elif self.narrow is not None:
             torch.mm(hidden, self.weight.t(), out_dtype=self.dtype, out=out)
             if self.bias is not None:
                 out.add_(self.bias)
@@ -164,8 +192,8 @@ class StoredStudent(Stored):
 class ComputedStudent(Computed):
     """The student's head, and the gradients of its tensors: float32 or wider until the last chunk."""
 
-    def __init__(self, head: Head, wanted: Sequence[bool]) -> None:
-        super().__init__(head)
+    def __init__(self, head: Head, wanted: Sequence[bool], matmuls: Any = None) -> None:
+        super().__init__(head, matmuls)
         self.overwrite = head.softcap is None  # its slope needs the logits
         self.rounded = None if head.grad_precision == "float32" else self.narrow  # of the gradient, before its matmuls
         if any(wanted):
@@ -199,6 +227,9 @@ class ComputedStudent(Computed):
         of_input, of_weight, *of_bias = self.gradients
         if of_bias and of_bias[0] is not None:
             of_bias[0].add_(gradient.sum(0), alpha=head.scale)
+        if isinstance(rows, Leading):
+            self._add_leading(rows, gradient)
+            return
         blocks = self._blocks(gradient, unit)
         if self.rounded is not None:
             gradient = gradient.to(self.rounded)
@@ -216,6 +247,19 @@ class ComputedStudent(Computed):
 
     def finish(self) -> list[Tensor | None]:
         return self.gradients
+
+    def _add_leading(self, rows: Leading, gradient: Tensor) -> None:
+        of_input, of_weight, *_ = self.gradients
+        scale, hidden = self.head.scale, take(self.input, rows)
+        if self.rounded is not None:
+            gradient = self._empty(len(gradient), self.rounded).copy_(gradient)
+            hidden = hidden.to(self.rounded)
+        if of_input is not None:
+            result = torch.zeros(hidden.shape, dtype=self.dtype, device=hidden.device)
+            self.matmuls.multiply(gradient, self.weight, rows.count, result, scale=scale)
+            put(of_input, rows, result)
+        if of_weight is not None:
+            self.matmuls.add_outer(of_weight, gradient, hidden, rows.count, scale=scale)
 
     def _blocks(self, gradient: Tensor, unit: Tensor) -> list[tuple[slice, list[slice]]]:
         """Rows, and the ranges of ids that the backward matmuls of these rows are over."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from . import _pretrained
 
 PRECISIONS = ("float32",)
 
@@ -89,6 +90,43 @@ class Head:
             _checks.bad_value("Head", "filter_eps", 'be 0 with compact="device"', self.filter_eps)
         if self.workspace is not None:
             _checks.count("Head", "workspace", self.workspace)
+
+    @classmethod
+    def from_model(cls, model: torch.nn.Module, hidden: Tensor, **options: Any) -> Head:
+        """The head of a HuggingFace model, over hidden states of its own. Same logits as::
+
+            model(ids).logits                                           # hidden = model.model(ids).last_hidden_state
+
+        Weight and bias are those of ``model.get_output_embeddings()``, tied or not; gradients go into them. One that
+        peft has put LoRA on (dropout too) is taken with it: then the weight is a copy with B beside it. Scale and
+        softcap are what the model's config says: Gemma's ``final_logit_softcapping``, Cohere's ``logit_scale``,
+        Granite's ``logits_scaling``, and those of other families. A config that asks for more is refused, as a student
+        would be trained on other logits than it is used with.
+
+        Args:
+            model: Its forward may be wrapped (DistributedDataParallel, peft). Its parameters have to be whole.
+            hidden: Its last hidden state ``(..., H)``, after the last norm, as the backbone returns it. What the model
+                multiplies it with before its output layer (T5's ``d_model**-0.5``) is taken care of.
+            options: Keyword arguments of :class:`Head`. Where ``scale`` or ``softcap`` is among them, the config is not
+                looked at, and the other is as :class:`Head` has it.
+
+        Raises:
+            TypeError: the model has no output layer that is linear, or no config.
+            ValueError: a model, an adapter or a setting in its config that does something else to the logits.
+
+        Example:
+            >>> from types import SimpleNamespace
+            >>> model = torch.nn.Linear(3, 5, bias=False)
+            >>> model.get_output_embeddings = lambda: model
+            >>> model.config = SimpleNamespace(model_type="granite", logits_scaling=8.0)
+            >>> Head.from_model(model, torch.ones(2, 3)).scale
+            0.125
+        """
+        model = _pretrained.unwrap(model)
+        tensors = _pretrained.tensors(model, hidden)
+        if not options.keys() & {"scale", "softcap"}:
+            options["scale"], options["softcap"] = _pretrained.scale_and_softcap(model, len(tensors[1]))
+        return cls(*tensors, **options)
 
     @property
     def shape(self) -> torch.Size:

@@ -84,7 +84,8 @@ checks() {
     if ((dry)); then
         step checks 40 "$python" bench/gpu_checks.py --interpret --only "exact jsd float32" infinite
     elif has pytest xdist; then
-        tests tests 110 tests/test_bench_gpu.py::test_on_gpu tests/test_triton_kernels.py
+        tests tests 110 tests/test_bench_gpu.py::test_on_gpu tests/test_triton_kernels.py \
+            tests/test_matmul.py tests/test_head_device_compaction.py
     else
         # One after another, so that not everything fits: float16 is widened where bfloat16 is.
         step checks 160 "$python" bench/gpu_checks.py --skip float16

@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import fastkd  # noqa: E402
-from bench import gate, gpu_head_checks  # noqa: E402
+from bench import gate, gpu_compaction_checks, gpu_head_checks  # noqa: E402
 from bench.data import as_output, peaked_pair  # noqa: E402
 from bench.gate import Wrong  # noqa: E402
 from fastkd._rows import DIVERGENCES  # noqa: E402
@@ -248,6 +248,7 @@ def heads(setting: Setting, dtype: torch.dtype) -> None:
     """Logits not computed yet."""
     gpu_head_checks.numbers(setting.device, dtype, kd)
     gpu_head_checks.everything(setting.device, dtype, kd)
+    gpu_compaction_checks.numbers(setting.device, dtype, kd)
 
 
 def matmuls_of_heads(setting: Setting) -> None:
@@ -255,10 +256,11 @@ def matmuls_of_heads(setting: Setting) -> None:
 
 
 def heads_do_not_wait(setting: Setting) -> None:
-    step = gpu_head_checks.step_on(setting.device, kd)
-    step()
-    with _waiting_is_an_error():
+    for checks in (gpu_head_checks, gpu_compaction_checks):
+        step = checks.step_on(setting.device, kd)
         step()
+        with _waiting_is_an_error():
+            step()
 
 
 def compiles_whole(setting: Setting) -> None:

@@ -24,6 +24,7 @@ PLOTTED = "forward_kl"
 WIDE_MARK = "†"
 TRAINING = "forward+backward"
 FROZEN = "frozen-head"
+TAILS = "tails.csv"
 Row = dict[str, str]
 
 
@@ -54,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     image = args.results / "kd.png"
     calls, heads = latest(load(args.results, "call"), LOGITS), latest(load(args.results, "head"), HEADS)
-    section = render(rows, calls, heads, image, args.readme.parent)
+    tails = record.read(args.results / TAILS) if (args.results / TAILS).exists() else []
+    section = render(rows, calls, heads, image, args.readme.parent, tails)
     before, rest = text.split(BEGIN)
     wanted = f"{before}{BEGIN}\n{section}\n{END}{rest.split(END)[1]}"
     if args.check:
@@ -83,7 +85,14 @@ def latest(rows: Iterable[Row], family: Family) -> list[Row]:
     return [row for key in sorted(runs, key=_order) for row in runs[key]]
 
 
-def render(rows: Sequence[Row], calls: Sequence[Row], heads: Sequence[Row], image: Path, folder: Path) -> str:
+def render(
+    rows: Sequence[Row],
+    calls: Sequence[Row],
+    heads: Sequence[Row],
+    image: Path,
+    folder: Path,
+    tails: Sequence[Row] = (),
+) -> str:
     rows = [row for row in rows if row["mode"] == TRAINING]
     link = image.resolve().relative_to(folder.resolve()).as_posix()
     parts = [f"![Speed of kd_loss against eager PyTorch]({link})"]
@@ -95,6 +104,8 @@ def render(rows: Sequence[Row], calls: Sequence[Row], heads: Sequence[Row], imag
     for machine in dict.fromkeys(_machine(row) for row in heads):
         here = [row for row in heads if _machine(row) == machine]
         parts += [_table(here, HEADS), _head_caption(machine, here)]
+    if tails:
+        parts += [_tails_table(tails), _tails_caption(tails)]
     parts.append("This section is written by `python bench/readme.py`.")
     return "\n\n".join(parts)
 
@@ -193,6 +204,37 @@ HEADS = Family(
     share=_of_matmul,
     beside=("eager", "compiled"),
 )
+
+
+def _tails_table(rows: Sequence[Row]) -> str:
+    """A line for each tail; for each divergence and k, how far the gradient is from that of the whole teacher."""
+    problems = list(dict.fromkeys((row["divergence"], row["k"]) for row in rows))
+    errors = {(row["tail"], row["divergence"], row["k"]): row for row in rows}
+    lines = [["tail", *(f"`{divergence}`, k = {k}" for divergence, k in problems)], ["---"] + ["---:"] * len(problems)]
+    for tail in dict.fromkeys(row["tail"] for row in rows):
+        cells = [errors.get((tail, *problem)) for problem in problems]
+        lines.append([f"`{tail}`", *("-" if row is None else _tail_cell(row) for row in cells)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _tail_cell(row: Row) -> str:
+    error = f"{100 * float(row['gradient_error']):.0f} %"
+    mean = f" ({100 * float(row['gradient_error_of_mean']):.0f} %)" if row["draws"] != "1" else ""
+    return f"{error}{mean}, {float(row['cosine']):.2f}"
+
+
+def _tails_caption(rows: Sequence[Row]) -> str:
+    mass = dict.fromkeys((row["k"], f"{100 * float(row['mass_of_the_k']):.0f} %") for row in rows)
+    draws = max(rows, key=lambda row: int(row["draws"]))["draws"]
+    return (
+        "What the `tail` of a `TopK` teacher costs: the distance of the student's gradient from that of the whole "
+        "teacher, relative to its length, and the cosine between the two; for `samples` with k draws a row, and in "
+        f"parentheses the mean of {draws} such gradients, which nears the whole teacher's as they become more. The "
+        f"logits are those of the demo's language models with 32k tokens, after {rows[0]['teacher_steps']} steps of the "
+        "teacher's training, on texts that were held out; of the teacher's probability the k best hold "
+        f"{', '.join(f'{share} (k = {k})' for k, share in mass)}. fastkd is commit {rows[0]['commit']}. Command: "
+        "`python bench/tails.py`."
+    )
 
 
 def _caption(machine: str, rows: Sequence[Row], calls: Sequence[Row]) -> str:

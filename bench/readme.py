@@ -230,8 +230,8 @@ def _tails_caption(rows: Sequence[Row]) -> str:
         "What the `tail` of a `TopK` teacher costs: the distance of the student's gradient from that of the whole "
         "teacher, relative to its length, and the cosine between the two; for `samples` with k draws a row, and in "
         f"parentheses the mean of {draws} such gradients, which nears the whole teacher's as they become more. The "
-        f"logits are those of the demo's language models with 32k tokens, after {rows[0]['teacher_steps']} steps of the "
-        "teacher's training, on texts that were held out; of the teacher's probability the k best hold "
+        f"logits are those of the demo's language models with 32k tokens, after {rows[0]['teacher_steps']} steps of "
+        "the teacher's training, on texts that were held out; of the teacher's probability the k best hold "
         f"{', '.join(f'{share} (k = {k})' for k, share in mass)}. fastkd is commit {rows[0]['commit']}. Command: "
         "`python bench/tails.py`."
     )

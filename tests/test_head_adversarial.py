@@ -189,6 +189,27 @@ def test_nothing_that_counts(impl: str, why: str, reduction: str, compact: bool 
         assert bool((grad == 0).all())
 
 
+@pytest.mark.parametrize("side", ["head", "logits"])
+@pytest.mark.parametrize("why", ["normalizer", "normalizer_tensor", "weights_cancel"])
+def test_a_divisor_of_0(impl: str, why: str, side: str, tensors: Tensors) -> None:
+    """0 with zero gradients, also those that a second backward computes again."""
+    device = device_of(impl)
+    hidden, weight, *_ = (x.to(device) for x in tensors)
+    leaf = (hidden if side == "head" else hidden @ weight.t()).half().requires_grad_()
+    options = {
+        "normalizer": {"normalizer": 0},
+        "normalizer_tensor": {"normalizer": torch.zeros((), device=device)},
+        "weights_cancel": {"row_weight": torch.tensor([1.0, -1.0, 2.0, -2.0, 0.0], device=device)},
+    }[why]
+    teacher = Head(tensors[3].to(device), tensors[4].to(device))
+    student = Head(leaf, weight) if side == "head" else leaf
+    loss = fastkd.kd_loss(student, teacher, impl=impl, **options)  # type: ignore[call-overload]
+    assert float(loss.detach()) == 0
+    for _ in range(2):
+        (grad,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        assert bool((grad == 0).all())
+
+
 def test_one_row_without_a_leading_dimension(impl: str, tensors: Tensors) -> None:
     """Hidden states of shape (H,): the logits of one row, as (V,) logits are."""
     device = device_of(impl)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import fastkd
 from fastkd import Head
+from fastkd.losses._sources import _operand_dtype
 
 N, H, V = 3, 4, 7
 INPUT, WEIGHT, BIAS = torch.zeros(N, H), torch.zeros(V, H), torch.zeros(V)
@@ -193,3 +195,18 @@ def test_logits_are_the_definition() -> None:
     want = 5 * torch.tanh(2 * (hidden @ weight.t() + bias) / 5)
     torch.testing.assert_close(Head(hidden, weight, bias, scale=2.0, softcap=5.0).logits(), want)
     torch.testing.assert_close(Head(hidden, weight).logits(), hidden @ weight.t())
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_matmuls_are_in_on_a_gpu(storage: torch.dtype, autocast: torch.dtype | None) -> None:
+    """Known before anything is computed: autocast's dtype but for float64, else 16 bits where the operands have them."""
+
+    class OnGPU:
+        device = torch.device("cuda")
+        dtype = storage
+
+    head = SimpleNamespace(input=OnGPU, weight=OnGPU, dtype=torch.promote_types(storage, torch.float32))
+    narrow = storage if storage is torch.bfloat16 else None
+    want = None if storage is torch.float64 else autocast or narrow
+    assert _operand_dtype(head, autocast) is want  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from ..inputs import Head, TopK
 from ._chunks import Chunks
 from ._logit_arguments import Given, Logits, tensors_of
 from ._logit_autograd import MODIFIED, NoSecondDerivative, unflatten
+from ._sources import autocast_dtype
 
 
 class Template:
@@ -95,6 +96,7 @@ def apply(
         op=logits.op,
         impl=impl,
         dim=logits.dim,
+        autocast=autocast_dtype(logits.anchor.device),
         vocab_map=logits.vocab_map,
         student_topk=student_topk,
     )

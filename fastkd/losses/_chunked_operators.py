@@ -20,6 +20,7 @@ from ._chunks import Chunks
 from ._logit_arguments import Given, Logits, tensors_of
 from ._logit_autograd import NO_SECOND_DERIVATIVE, unflatten
 from ._logit_operators import LIBRARY, PROBLEM, nothing, pack, unpack
+from ._sources import autocast_dtype
 
 KINDS = {"Tensor": Tensor, "Head": Head, "TopK": TopK}
 MOST = 3  # tensors that a student consists of, and so gradients
@@ -51,6 +52,7 @@ def apply(
         "wanted": [torch.is_grad_enabled() and x.requires_grad for x in tensors_of(logits.student)],
         "wide": logits.dtype is torch.float64,
         "dim": logits.dim,
+        "autocast": _name(autocast_dtype(logits.anchor.device)),
         "student_topk": student_topk,
         "sparse": [],
         "expected": [],
@@ -75,6 +77,10 @@ def _options(given: Given) -> dict[str, Any]:
     return given.options() if isinstance(given, (Head, TopK)) else {}
 
 
+def _name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else "bfloat16" if dtype is torch.bfloat16 else "float16"
+
+
 def _number(value: float | Tensor) -> float | None:
     return None if isinstance(value, Tensor) else value
 
@@ -92,7 +98,8 @@ def _chunks(arguments: Sequence[Any]) -> tuple[Chunks, dict[str, Any]]:
     )
     rows.sparse = tuple(_sparse(rest, *one) for one in spec["sparse"])
     rows.expected = tuple(_expected(rest, *one) for one in spec["expected"])
-    more = {"vocab_map": vocab_map, "student_topk": spec["student_topk"]}
+    autocast = None if spec["autocast"] is None else getattr(torch, spec["autocast"])
+    more = {"vocab_map": vocab_map, "student_topk": spec["student_topk"], "autocast": autocast}
     return Chunks(rows, student, teachers, op=op, impl=impl, dim=spec["dim"], **more), spec
 
 

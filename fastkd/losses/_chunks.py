@@ -43,11 +43,12 @@ class Chunks:
         op: str,
         impl: str | None,
         dim: int,
+        autocast: torch.dtype | None,
         vocab_map: Tensor | None = None,
         student_topk: int | None = None,
     ) -> None:
         self.rows, self.student, self.teachers = rows, student, tuple(teachers)
-        self.op, self.impl, self.dim, self.device = op, impl, dim, student.device
+        self.op, self.impl, self.dim, self.device, self.autocast = op, impl, dim, student.device, autocast
         shape = student.shape
         self.count = math.prod((*shape[:dim], *shape[dim + 1 :]))
         half = isinstance(student, Tensor) and student.dtype is torch.float16
@@ -85,13 +86,13 @@ class Chunks:
     def plan(self, wanted: Sequence[bool]) -> None:
         """Opens the sources and cuts the rows into chunks."""
         self._choose()
-        student, shared, matmuls = self.student, self.rows.shared, self._matmuls()
+        student, matmuls = self.student, self._matmuls()
         self.source: StoredStudent | ComputedStudent
         if isinstance(student, Head):
-            self.source = ComputedStudent(student, wanted, matmuls)
+            self.source = ComputedStudent(student, wanted, self.autocast, matmuls)
         else:
             self.source = StoredStudent(student, self.dim, wanted, self._dtypes()[0])
-        self.taught = [_source(x, self.dim, shared, matmuls) for x in self.teachers]
+        self.taught = [self._taught(x, matmuls) for x in self.teachers]
         sources = [self.source, *self.taught]
         weight = _rows.weights(self.rows, self.count, torch.empty(0, device=self.device))
         for source in self.taught:
@@ -113,6 +114,14 @@ class Chunks:
         if matmuls is not None:
             ahead = torch.arange(0, active, self.chunk, device=self.device)
             self.leading = ((weight != 0).sum() - ahead).clamp(0, self.chunk)
+
+    def _taught(self, given: Given, matmuls: Any) -> Computed | Spread | Stored:
+        if isinstance(given, Head):
+            return Computed(given, self.autocast, matmuls)
+        if isinstance(given, TopK):
+            return Spread(given, self.rows.shared)
+        assert isinstance(given, Tensor)
+        return Stored(given, self.dim)
 
     def _bytes_of_terms(self) -> int:
         """A row of what the terms allocate: gradients to add up, and the pairs' logits."""
@@ -244,15 +253,6 @@ class Chunks:
 
     def outside(self) -> Tensor:
         return self._one() if self.scaled else self.scale()
-
-
-def _source(given: Given, dim: int, shared: int, matmuls: Any) -> Computed | Spread | Stored:
-    if isinstance(given, Head):
-        return Computed(given, matmuls)
-    if isinstance(given, TopK):
-        return Spread(given, shared)
-    assert isinstance(given, Tensor)
-    return Stored(given, dim)
 
 
 def _chunk(rows: int, bytes_per_row: int, budget: int) -> int:

@@ -99,13 +99,13 @@ class Spread:
 class Computed:
     """A head. Its logits are written into one buffer again and again. ``matmuls``: those of ``Leading`` rows."""
 
-    def __init__(self, head: Head, matmuls: Any = None) -> None:
+    def __init__(self, head: Head, autocast: torch.dtype | None, matmuls: Any = None) -> None:
         self.head, self.dtype, self.matmuls = head, head.dtype, matmuls
         self.input = head.input.detach().reshape(-1, head.input.shape[-1])
         self.weight = head.weight.detach()
         self.bias = None if head.bias is None else head.bias.detach()
         self.vocabulary = len(self.weight)
-        self.narrow = _operand_dtype(head)
+        self.narrow = _operand_dtype(head, autocast)
         self.bytes_per_row = self.vocabulary * self.dtype.itemsize
 
     def prepare(self, chunk: int) -> None:
@@ -192,8 +192,8 @@ class StoredStudent(Stored):
 class ComputedStudent(Computed):
     """The student's head, and the gradients of its tensors: float32 or wider until the last chunk."""
 
-    def __init__(self, head: Head, wanted: Sequence[bool], matmuls: Any = None) -> None:
-        super().__init__(head, matmuls)
+    def __init__(self, head: Head, wanted: Sequence[bool], autocast: torch.dtype | None, matmuls: Any = None) -> None:
+        super().__init__(head, autocast, matmuls)
         self.overwrite = head.softcap is None  # its slope needs the logits
         self.rounded = None if head.grad_precision == "float32" else self.narrow  # of the gradient, before its matmuls
         if any(wanted):
@@ -287,11 +287,17 @@ class ComputedStudent(Computed):
             torch.addmm(total, gradient.t(), hidden, beta=beta, alpha=scale, out=total)
 
 
-def _operand_dtype(head: Head) -> torch.dtype | None:
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What matmuls of float32 are to be in, by those who called. A CPU ignores it: see :class:`fastkd.Head`."""
+    asked = device.type == "cuda" and torch.is_autocast_enabled("cuda")
+    return torch.get_autocast_dtype("cuda") if asked else None
+
+
+def _operand_dtype(head: Head, autocast: torch.dtype | None) -> torch.dtype | None:
     """The 16-bit dtype whose matmul can return unrounded float32 here, if the operands have or get it."""
-    if not head.input.is_cuda:
+    if head.input.device.type != "cuda" or head.dtype is torch.float64:
         return None
-    if torch.is_autocast_enabled("cuda") and head.dtype is torch.float32:
-        return torch.get_autocast_dtype("cuda")
+    if autocast is not None:
+        return autocast
     dtype = torch.promote_types(head.input.dtype, head.weight.dtype)
     return dtype if dtype in (torch.float16, torch.bfloat16) else None

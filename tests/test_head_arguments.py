@@ -200,7 +200,7 @@ def test_logits_are_the_definition() -> None:
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.float64])
 def test_what_matmuls_are_in_on_a_gpu(storage: torch.dtype, autocast: torch.dtype | None) -> None:
-    """Known before anything is computed: autocast's dtype but for float64, else 16 bits where the operands have them."""
+    """Autocast's dtype but for float64, else 16 bits where the operands have them."""
 
     class OnGPU:
         device = torch.device("cuda")

@@ -42,9 +42,10 @@ class Head:
             go first, and Triton's matmuls, in place of torch's, read on the device how many they are; nobody waits.
             Where the heads of a call differ, ``"device"`` goes before True, and True before False.
         filter_eps: Leave parts of the logits (64 rows, 512 ids) out of the two backward matmuls where every |gradient|
-            is at most this, in units of probability: before row weights, normalizer and
-            upstream gradient. The error of a row of input's gradient is at most filter_eps, times those, times the sum
-            of |weight| over what is left out. 0 leaves nothing out. On a CPU only.
+            is at most this, in units of probability: before row weights, normalizer and upstream gradient. The error of
+            a row of input's gradient is at most filter_eps, times those, times the sum of |weight| over what is left
+            out. It buys nothing where some row of the 64 has probability everywhere, as in models that are not yet
+            trained, and at most half of the time where all are certain. 0 leaves nothing out. On a CPU only.
         workspace: Bytes for the logits of some rows, for this call; by default what :func:`fastkd.set_workspace` says.
 
     Raises:

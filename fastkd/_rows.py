@@ -53,6 +53,7 @@ class SparseTeacher:
     tail: str  # "bucket"; "whole": no other id has any; "support": the student's other ids do not count;
     #            "events": log_probs is (N, k + 1), the last that of all other ids together
     weight: float | Tensor  # its teacher_weight
+    notes: Any = field(default=None, init=False)  # a term's own, from its forward to its backward
 
 
 @dataclass(slots=True)

@@ -31,7 +31,8 @@ class WithTopK:
         (teacher,) = rows.sparse
         state, events = self.passes.gather(rows, teacher.indices, _best(teacher) if rows.agreement else None)
         active, share = _active(rows, state, teacher), column(teacher.weight, state)
-        values, inside, _ = self.dense.forward(_problem(rows, teacher, events, active))
+        problem = teacher.notes = _problem(rows, teacher, events, active)
+        values, inside, _ = self.dense.forward(problem)
         state[:, SOFT] = torch.where(active, share * squared(rows, state) * values.double(), 0.0)
         state[:, TEACHER_AGREES] *= share
         state = torch.cat([state, events.double(), inside], 1)
@@ -45,7 +46,7 @@ class WithTopK:
         active, share = _active(rows, own, teacher), column(teacher.weight, own)
         above = upstream(rows, own, scale, grad_loss) * squared(rows, own) / column(rows.temperature, own)
         above = torch.where(active, above * share, 0.0).to(events.dtype)
-        problem = _problem(rows, teacher, events, active)
+        problem = teacher.notes or _problem(rows, teacher, events, active)
         slopes = self.dense.backward(problem, inside, 1.0, above)
         if slopes.shape[1] == k:  # the tail is no event
             slopes = torch.cat([slopes, slopes.new_zeros(len(slopes), 1)], 1)

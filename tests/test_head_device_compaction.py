@@ -163,7 +163,7 @@ def test_16_bit_operands_as_on_a_gpu(precision: str | None, tensors: Tensors, mo
     """Multiplied as they are, and the gradient of the logits rounded on its way unless that is not wanted."""
     tensors = tuple(x.to(torch.bfloat16) for x in tensors)
     want = run(tensors, True, grad_precision="float32", reduction="sum")
-    monkeypatch.setattr(_sources, "_operand_dtype", lambda head: torch.bfloat16)
+    monkeypatch.setattr(_sources, "_operand_dtype", lambda head, autocast: torch.bfloat16)
     got = run(tensors, "device", grad_precision=precision, reduction="sum")
     torch.testing.assert_close(got[0], want[0], rtol=1e-5, atol=1e-6)
     for one, other in zip(got[1:], want[1:], strict=True):
@@ -258,7 +258,7 @@ def test_nothing_is_asked_of_the_device(softcap: float | None, monkeypatch: pyte
     """On tensors that have no elements: whoever looks at one raises."""
     monkeypatch.setattr(_dispatch, "pick", _pretended)
     monkeypatch.setattr(_chunks, "workspace", lambda device: FEW)
-    monkeypatch.setattr(_sources, "_operand_dtype", lambda head: torch.bfloat16)
+    monkeypatch.setattr(_sources, "_operand_dtype", lambda head, autocast: torch.bfloat16)
     x, w, b, tx, tw = (
         torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((N, H), (V, H), (V,), (N, 5), (V, 5))
     )
@@ -271,7 +271,7 @@ def test_nothing_is_asked_of_the_device(softcap: float | None, monkeypatch: pyte
 
     def chunks(compact: Any) -> _chunks.Chunks:
         student = Head(x, w, b, softcap=softcap, compact=compact)
-        return _chunks.Chunks(rows, student, [Head(tx, tw)], op="kd_loss", impl=None, dim=1)
+        return _chunks.Chunks(rows, student, [Head(tx, tw)], op="kd_loss", impl=None, dim=1, autocast=None)
 
     on_device = chunks("device")
     on_device.forward([True] * 3, torch.float32)

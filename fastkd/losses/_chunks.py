@@ -178,6 +178,7 @@ class Chunks:
             problem = _rows.of_rows(self.rows, lambda numbers: take(numbers, rows), logits, taught)  # noqa: B023
             problem.divisor, problem.overwrite = self.divisor, self.source.overwrite
             if problem.expected:
+                assert isinstance(self.source, ComputedStudent)  # the arguments were checked for that
                 problem.hidden = self.source.scaled_hidden(rows)
             yield rows, problem
 
@@ -213,7 +214,7 @@ class Chunks:
 
     def release(self) -> list[Tensor | None]:
         """The gradients; everything else is let go."""
-        gradients = self.source.finish()
+        gradients = self.source.gradients
         del self.source, self.taught, self.student, self.teachers
         return gradients
 
@@ -223,6 +224,7 @@ class Chunks:
         unit = (state[:, _rows.WEIGHT] * upstream * (scale if self.rows.reduce else 1)).abs()
         self.source.add(rows, problem.student, gradient, unit)
         if past is not None:
+            assert isinstance(self.source, ComputedStudent)
             self.source.add_to_input(rows, past)
 
     def _check_weights(self) -> None:

@@ -174,19 +174,10 @@ class StoredStudent(Stored):
     def logits(self, rows: Rows) -> Tensor:
         return take(self.rows, rows).to(self.dtype)
 
-    def scaled_hidden(self, rows: Rows) -> Tensor:
-        raise NotImplementedError("stored logits have no hidden states")
-
-    def add_to_input(self, rows: Rows, gradient: Tensor) -> None:
-        raise NotImplementedError("stored logits have no hidden states")
-
     def add(self, rows: Rows, logits: Tensor, gradient: Tensor, unit: Tensor) -> None:
         (total,) = self.gradients
         assert total is not None
         put(total, rows, gradient)
-
-    def finish(self) -> list[Tensor | None]:
-        return self.gradients
 
 
 class ComputedStudent(Computed):
@@ -244,9 +235,6 @@ class ComputedStudent(Computed):
                 for ids in ranges:
                     self._add_outer(of_weight[ids], gradient[block, ids], hidden[block])
         self.fresh = False
-
-    def finish(self) -> list[Tensor | None]:
-        return self.gradients
 
     def _add_leading(self, rows: Leading, gradient: Tensor) -> None:
         of_input, of_weight, *_ = self.gradients

@@ -4,7 +4,20 @@ from ._dispatch import explain
 from ._workspace import set_workspace
 from .inputs import Expected, Head, TopK
 from .losses.logit import KDLoss, LossParts, cross_entropy, kd_loss
+from .losses.relation import gram_loss, prepare_teacher
 
 __version__ = "0.1.0"
 
-__all__ = ["Expected", "Head", "KDLoss", "LossParts", "TopK", "cross_entropy", "explain", "kd_loss", "set_workspace"]
+__all__ = [
+    "Expected",
+    "Head",
+    "KDLoss",
+    "LossParts",
+    "TopK",
+    "cross_entropy",
+    "explain",
+    "gram_loss",
+    "kd_loss",
+    "prepare_teacher",
+    "set_workspace",
+]

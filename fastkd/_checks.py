@@ -30,14 +30,18 @@ def bad_type(op: str, argument: str, rule: str, got: object) -> NoReturn:
 
 
 def logits(op: str, argument: str, value: Any, accepted: str) -> None:
+    floats(op, argument, value, accepted)
+    if value.ndim == 0:
+        bad_value(op, argument, "have a class dimension", "a 0-dim tensor")
+
+
+def floats(op: str, argument: str, value: Any, accepted: str = "a tensor") -> None:
     if not isinstance(value, Tensor):
         bad_type(op, argument, f"be {accepted}", type(value).__name__)
     if value.dtype not in FLOATS:
         bad_type(op, argument, "be float16, bfloat16, float32 or float64", value.dtype)
     if value.layout is not torch.strided:
         bad_type(op, argument, "be a dense (strided) tensor", value.layout)
-    if value.ndim == 0:
-        bad_value(op, argument, "have a class dimension", "a 0-dim tensor")
 
 
 def dimension(op: str, dim: int, ndim: int) -> int:

@@ -23,11 +23,23 @@ from . import native
 
 Dtypes = tuple[torch.dtype, ...]
 
-ORDER = ("triton", "native", "reference")
-PACKAGES = {"triton": "fastkd_kernels", "native": "fastkd.native", "reference": "fastkd.reference"}
+ORDER = ("triton", "native", "algebra", "reference")
+PACKAGES = {
+    "triton": "fastkd_kernels",
+    "native": "fastkd.native",
+    "algebra": "fastkd.algebra",
+    "reference": "fastkd.reference",
+}
 # operation -> the file name of its family; in brackets the passes over the logits that a kind of teacher needs more, or
 # the option that takes matmuls which torch does not have
-OPERATIONS = {"kd_loss": "logit", "kd_loss(TopK)": "topk", "cross_entropy": "logit", 'Head(compact="device")': "matmul"}
+OPERATIONS = {
+    "kd_loss": "logit",
+    "kd_loss(TopK)": "topk",
+    "cross_entropy": "logit",
+    'Head(compact="device")': "matmul",
+    "gram_loss": "gram",
+}
+ANYWHERE = ("algebra", "reference")  # made of torch's operations: no device and no dtype is refused
 LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 _STORAGE = frozenset((torch.float16, torch.bfloat16, torch.float32))
 
@@ -46,7 +58,7 @@ def _choose(op: str, impl: str | None, device: torch.device, dtypes: Dtypes) -> 
     name, reason = _first(op, device, dtypes)
     if reason is not None:
         raise RuntimeError(f"{op}: {reason}")
-    if name == "reference" and _refusal(op, "native", device, dtypes) == native.missing():
+    if name in ANYWHERE and _refusal(op, "native", device, dtypes) == native.missing():
         _say_once(f"fastkd runs on eager PyTorch here, slowly: {native.missing()}")
     return _module(name, OPERATIONS[op])
 
@@ -113,7 +125,7 @@ def _refuse_native(device: torch.device, dtypes: Dtypes, pinned: bool) -> str | 
     return _wide(dtypes) or native.missing()
 
 
-def _refuse_reference(device: torch.device, dtypes: Dtypes, pinned: bool) -> str | None:
+def _refuse_nothing(device: torch.device, dtypes: Dtypes, pinned: bool) -> str | None:
     return None
 
 
@@ -133,7 +145,7 @@ def _interpreted() -> bool:
 _REFUSALS: dict[str, Callable[[torch.device, Dtypes, bool], str | None]] = {
     "triton": _refuse_triton,
     "native": _refuse_native,
-    "reference": _refuse_reference,
+    **dict.fromkeys(ANYWHERE, _refuse_nothing),
 }
 
 
@@ -156,6 +168,7 @@ def explain(op: str | None = None, *tensors: Tensor) -> None:
         kd_loss
           triton     the tensors are on cpu, Triton kernels need a CUDA device
           native     float64 is computed by the reference alone
+          algebra    there is no fastkd.algebra.logit
           reference  ok <- runs
     """
     if op is not None and op not in OPERATIONS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +48,20 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
 
 
-def implementations() -> list[Any]:
-    """All three, so that an absent one is a skip with its reason and not a test that was never there."""
+def implementations(names: Sequence[str]) -> list[Any]:
+    """All of them, so that an absent one is a skip with its reason and not a test that was never there."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     no_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
     no_cpu = pytest.mark.skipif(device != "cpu", reason="the C++ kernels run on the CPU")
-    return [
-        pytest.param("reference"),
-        pytest.param("native", marks=[pytest.mark.native, no_cpu]),
-        pytest.param("triton", marks=no_triton),
-    ]
+    marks = {"native": [pytest.mark.native, no_cpu], "triton": [no_triton]}
+    return [pytest.param(name, marks=marks.get(name, ())) for name in names]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module may name the implementations that its family has."""
     if "impl" in metafunc.fixturenames:
-        metafunc.parametrize("impl", implementations())
+        names = getattr(metafunc.module, "IMPLEMENTATIONS", ("reference", "native", "triton"))
+        metafunc.parametrize("impl", implementations(names))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -118,7 +118,8 @@ def test_a_wrong_setting_raises_and_nobody_stands_in(wrong_setting: None) -> Non
 def test_explain_says_that_a_wrong_setting_raises(wrong_setting: None, capsys: pytest.CaptureFixture[str]) -> None:
     fastkd.explain("kd_loss", torch.zeros(2, 3))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2:] == [f"  native     {WRONG} <- raises", "  reference  ok"]
+    assert lines[2] == f"  native     {WRONG} <- raises"
+    assert lines[-1] == "  reference  ok"
 
 
 def test_a_family_without_kernels_runs_on_its_reference(

@@ -26,7 +26,7 @@ SOURCES = {
     for root, package in ((ROOT, "fastkd"), (ROOT / "kernels", "fastkd_kernels"))
     for path in sorted((root / package).rglob("*.py"))
 }
-IMPLEMENTATIONS = ("fastkd_kernels", "fastkd.native", "fastkd.reference")
+IMPLEMENTATIONS = ("fastkd_kernels", "fastkd.native", "fastkd.algebra", "fastkd.reference")
 # Above the public losses. Everybody else is below them.
 USERS = ("fastkd.cli", "fastkd.compat", "fastkd.demo", "fastkd.distill")
 ENVIRONMENT = {"FASTKD_CPU_ISA", "TRITON_INTERPRET"}
@@ -70,7 +70,7 @@ def test_imports_are_seen_in_every_form() -> None:
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_dependencies_point_one_way(module: str) -> None:
-    """losses -> _dispatch -> {fastkd_kernels | native | reference}."""
+    """losses -> _dispatch -> {fastkd_kernels | native | algebra | reference}."""
     for name in imported_by(module):
         if is_in(module, *IMPLEMENTATIONS):
             mine = next(package for package in IMPLEMENTATIONS if is_in(module, package))

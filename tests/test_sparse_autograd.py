@@ -186,7 +186,7 @@ def test_the_teacher_gets_no_gradient_and_none_is_made_for_nobody(impl: str, kin
 def test_second_derivatives_raise(impl: str, kind: str) -> None:
     call, leaf, _, _ = problem(kind)
     (grad,) = torch.autograd.grad(call(impl, "mean"), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="the logit losses have no second derivative"):
+    with pytest.raises(RuntimeError, match="its losses have no second derivative"):
         grad.square().sum().backward()
 
 

@@ -13,7 +13,7 @@ from .._rows import LogitRows
 MODIFIED = (
     "fastkd: a teacher, a target, or weights, alpha or temperatures, were modified in place before backward needed them"
 )
-NO_SECOND_DERIVATIVE = "fastkd: the logit losses have no second derivative"
+NO_SECOND_DERIVATIVE = "fastkd: its losses have no second derivative"
 
 
 def flatten(logits: Tensor, dim: int) -> Tensor:

@@ -1,0 +1,54 @@
+"""What every implementation of a loss on features is asked, and what it hands back.
+
+``losses/`` checks a user's arguments. In each implementation the file of a family has one function for each loss, named
+as the loss is::
+
+    gram_loss(student, teacher, gradient, **options) -> loss, d loss / d student or None
+
+Student and teacher are :class:`Features`. ``loss`` is 0-dim, float32 or float64. The gradient is computed with the
+loss, if ``gradient`` says that one is wanted, since both come from the same matrices, which then need not be kept. It
+has the student's shape and the dtype of the loss, so that it can be scaled before it is rounded. Numbers among the
+options are floats, and a choice is a string; a tensor that a loss takes besides is an option too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Result = tuple[Tensor, Tensor | None]
+
+
+class Features:
+    """A batch of features, and what was computed from them so far. The features must not change."""
+
+    __slots__ = ("kept", "tensor", "version")
+
+    def __init__(self, tensor: Tensor, kept: dict[str, Tensor] | None = None, version: int | None = None) -> None:
+        self.tensor = tensor.detach()
+        self.kept = {} if kept is None else kept
+        self.version = version  # the tensor's own, where it could change while the features are in use
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={tuple(self.tensor.shape)}, kept={sorted(self.kept)})"
+
+
+def kept(compute: Callable[[Tensor], Tensor]) -> Callable[[Features], Tensor]:
+    """A quantity of features that is computed when it is first asked for."""
+
+    @functools.wraps(compute)
+    def quantity(features: Features) -> Tensor:
+        value = features.kept.get(compute.__name__)
+        if value is None:
+            value = features.kept[compute.__name__] = compute(features.tensor)
+        return value
+
+    return quantity
+
+
+def result_dtype(student: Features, teacher: Features) -> torch.dtype:
+    wide = torch.float64 in (student.tensor.dtype, teacher.tensor.dtype)
+    return torch.float64 if wide else torch.float32

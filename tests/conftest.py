@@ -65,15 +65,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Interpreted kernels are slow: of a test that says ``few_interpreted(n)`` they take every n-th case."""
+    """Interpreted kernels are slow: of the cases that say ``few_interpreted(n)`` they take every n-th.
+
+    A mark of a test counts the cases of that test, a mark of a file (``pytestmark``) those of the whole file.
+    """
     if torch.cuda.is_available():
         return
     seen: dict[tuple[Path, str], int] = {}
     for item in items:
         marker = item.get_closest_marker("few_interpreted")
-        if marker is None or not isinstance(item, pytest.Function) or item.callspec.params.get("impl") != "triton":
+        if marker is None or not isinstance(item, pytest.Function) or not _is_triton(item):
             continue
-        name = item.path, item.originalname
-        seen[name] = seen.get(name, -1) + 1
-        if seen[name] % marker.args[0]:
-            item.add_marker(pytest.mark.skip(reason=f"interpreted: one case in {marker.args[0]}"))
+        (n,) = marker.args
+        counted = item.path, item.originalname if marker in item.own_markers else ""
+        seen[counted] = seen.get(counted, -1) + 1
+        if seen[counted] % n:
+            item.add_marker(pytest.mark.skip(reason=f"interpreted: one case in {n}"))
+
+
+def _is_triton(item: pytest.Function) -> bool:
+    return hasattr(item, "callspec") and item.callspec.params.get("impl") == "triton"

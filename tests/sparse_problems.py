@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -36,14 +34,6 @@ def column(value: Any, like: Tensor) -> Any:
 
 def device_of(impl: str) -> str:
     return "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"
-
-
-def few_interpreted(request: pytest.FixtureRequest) -> None:
-    """Of the tests of Triton one in forty where it is interpreted: its kernels have tests of their own."""
-    callspec = getattr(request.node, "callspec", None)
-    impl = callspec.params.get("impl") if callspec else None
-    if impl == "triton" and not torch.cuda.is_available() and zlib.crc32(request.node.name.encode()) % 40:
-        pytest.skip("interpreted: one test in forty")
 
 
 def moved(teacher: Teacher, device: str) -> Teacher:

@@ -17,7 +17,6 @@ import argparse
 import importlib.util
 from collections.abc import Callable, Iterator
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,9 +28,10 @@ from bench.eager import ALPHA, BETA, TEMPERATURE
 from bench.gate import Wrong
 from bench.head_gate import Gate
 from bench.head_rivals import HeadLoss
-from bench.kd import DTYPES, Unavailable, compile_now, implementation
+from bench.kd import DTYPES
 from bench.matmul import Matmul
 from bench.measure import Case, Contender
+from bench.providers import Unavailable, able, compile_now, implementation, rows_that_fit
 from fastkd import Head, _dispatch
 from fastkd._rows import DIVERGENCES
 
@@ -108,19 +108,13 @@ def cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
 
 def case(arena: Arena, truth: Gate, divergence: str, mode: str, args: argparse.Namespace) -> Case:
     """Everyone who can run, checked."""
-    contenders, absent = [], {}
-    for name in args.providers:
-        if name == "fastkd-float32" and not arena.rounds:
-            continue  # nothing is rounded that it could leave as it is
-        try:
-            contender = _contender(name, arena, divergence, mode, args)
-            _check(contender, arena, truth, divergence)
-        except Unavailable as reason:
-            absent[name] = str(reason)
-        except torch.OutOfMemoryError:
-            absent[name] = "out of memory"
-        else:
-            contenders.append(contender)
+    # fastkd-float32 only where something is rounded that it could leave as it is.
+    names = [name for name in args.providers if arena.rounds or name != "fastkd-float32"]
+    contenders, absent = able(
+        names,
+        lambda name: _contender(name, arena, divergence, mode, args),
+        lambda contender: _check(contender, arena, truth, divergence),
+    )
     heads = arena.heads
     labels = {
         "divergence": divergence,
@@ -137,12 +131,8 @@ def case(arena: Arena, truth: Gate, divergence: str, mode: str, args: argparse.N
 
 
 def default_rows(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """A power of two, so that eager code fits into half of the memory that is free."""
-    if device.type == "cuda":
-        free, most = torch.cuda.mem_get_info(device)[0], GPU_ROWS
-    else:
-        free, most = psutil.virtual_memory().available, min(CPU_ROWS, CPU_LOGITS // vocab)
-    return 2 ** (max(1, min(most, free // 2 // (EAGER_TENSORS * dtype.itemsize * vocab))).bit_length() - 1)
+    most = GPU_ROWS if device.type == "cuda" else min(CPU_ROWS, CPU_LOGITS // vocab)
+    return rows_that_fit(EAGER_TENSORS * dtype.itemsize * vocab, device, most)
 
 
 def options_of(divergence: str) -> dict[str, object]:
@@ -170,7 +160,7 @@ def _check(contender: Contender, arena: Arena, truth: Gate, divergence: str) -> 
 
 def _contender(name: str, arena: Arena, divergence: str, mode: str, args: argparse.Namespace) -> Contender:
     if name in OURS:
-        ran = implementation(args.impl, arena.heads.input, arena.heads.teacher_input)
+        ran = implementation("kd_loss", args.impl, arena.heads.input, arena.heads.teacher_input)
         loss = _fastkd(divergence, args, precision="float32" if name == "fastkd-float32" else None)
     else:
         ran, loss = "", _rival(name, divergence, args.soft_only, arena.device)

@@ -18,10 +18,8 @@ import argparse
 import importlib.util
 from collections.abc import Callable, Iterator
 
-import psutil
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
 
 import fastkd
 from bench import eager, gate
@@ -29,6 +27,7 @@ from bench.data import as_output, peaked_pair
 from bench.eager import ALPHA, BETA, LIGER_HAS, TEMPERATURE, Loss
 from bench.exponentials import least_exponentials
 from bench.measure import Case, Contender
+from bench.providers import Unavailable, able, compile_now, implementation, rows_that_fit
 from fastkd import _dispatch
 from fastkd._rows import DIVERGENCES
 
@@ -41,10 +40,6 @@ CPU_ROWS, CPU_ELEMENTS = 512, 2**25
 GPU_ROWS = 8192
 EAGER_TENSORS = 14  # of the logits' size, that eager code holds at its peak
 SAMPLED_ROWS = 16
-
-
-class Unavailable(Exception):
-    """This provider cannot run here; the message says why."""
 
 
 class Arena:
@@ -126,19 +121,8 @@ def cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
 
 def case(arena: Arena, truth: Gate, divergence: str, mode: str, args: argparse.Namespace, **kind: object) -> Case:
     """Everyone who can run, checked. ``kind``: further fields of Case."""
-    contenders, absent = [], {}
-    for name in args.providers:
-        if name == "fastkd-overwrite" and mode == "forward":
-            continue
-        try:
-            contender = _contender(name, arena, divergence, mode, args.impl)
-            truth.check(contender)
-        except Unavailable as reason:
-            absent[name] = str(reason)
-        except torch.OutOfMemoryError:
-            absent[name] = "out of memory"
-        else:
-            contenders.append(contender)
+    names = [name for name in args.providers if not (name == "fastkd-overwrite" and mode == "forward")]
+    contenders, absent = able(names, lambda name: _contender(name, arena, divergence, mode, args.impl), truth.check)
     rows, vocab = arena.memory.shape
     labels = {
         "divergence": divergence,
@@ -162,17 +146,13 @@ def least_bytes(arena: Arena, mode: str) -> int:
 
 
 def default_rows(vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """A power of two, so that eager code fits into half of the memory that is free."""
-    if device.type == "cuda":
-        free, most = torch.cuda.mem_get_info(device)[0], GPU_ROWS
-    else:
-        free, most = psutil.virtual_memory().available, min(CPU_ROWS, CPU_ELEMENTS // vocab)
-    return 2 ** (max(1, min(most, free // 2 // (EAGER_TENSORS * dtype.itemsize * vocab))).bit_length() - 1)
+    most = GPU_ROWS if device.type == "cuda" else min(CPU_ROWS, CPU_ELEMENTS // vocab)
+    return rows_that_fit(EAGER_TENSORS * dtype.itemsize * vocab, device, most)
 
 
 def _contender(name: str, arena: Arena, divergence: str, mode: str, impl: str | None) -> Contender:
     if name in OURS:
-        ran = implementation(impl, arena.memory, arena.teacher)
+        ran = implementation("kd_loss", impl, arena.memory, arena.teacher)
         loss = _fastkd(divergence, impl, overwrite=name == "fastkd-overwrite")
     else:
         ran, loss = "", _rival(name, divergence, arena.memory.device)
@@ -212,21 +192,3 @@ def _rival(name: str, divergence: str, device: torch.device) -> Loss:
     if importlib.util.find_spec("liger_kernel") is None:
         raise Unavailable("liger_kernel is not installed")
     return eager.liger(divergence)
-
-
-def compile_now(contender: Contender) -> None:
-    contender.prepare()
-    try:
-        contender.run()
-    except BackendCompilerFailed as error:
-        raise Unavailable(f"torch.compile fails here: {' '.join(str(error).split()[:40])}") from error
-
-
-def implementation(impl: str | None, *tensors: Tensor) -> str:
-    """The name of what runs."""
-    try:
-        module = _dispatch.pick("kd_loss", impl, tensors[0], tensors[1:])
-    except (RuntimeError, ImportError) as error:
-        raise Unavailable(str(error)) from error
-    names = {"fastkd_kernels": "triton", "fastkd.native": "native", "fastkd.reference": "reference"}
-    return names[module.__name__.rpartition(".")[0]]

@@ -19,8 +19,9 @@ import fastkd
 from bench import gate
 from bench.eager import ALPHA, BETA, ON_LOG_PROBABILITIES, TEMPERATURE, Loss
 from bench.gate import Expected
-from bench.kd import DTYPES, MODES, Arena, Unavailable, compile_now, default_rows, implementation
+from bench.kd import DTYPES, MODES, Arena, default_rows
 from bench.measure import Case, Contender
+from bench.providers import able, compile_now, implementation
 from fastkd import TopK, _dispatch
 from fastkd.testing import exact_and_error
 
@@ -125,19 +126,8 @@ def cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
 
 def case(arena: Arena, truth: Gate, mode: str, args: argparse.Namespace) -> Case:
     """Everyone who can run, checked."""
-    contenders, absent = [], {}
-    for name in args.providers:
-        if name == "fastkd-overwrite" and mode == "forward":
-            continue
-        try:
-            contender = _contender(name, arena, truth, mode, args.impl)
-            truth.check(contender)
-        except Unavailable as reason:
-            absent[name] = str(reason)
-        except torch.OutOfMemoryError:
-            absent[name] = "out of memory"
-        else:
-            contenders.append(contender)
+    names = [name for name in args.providers if not (name == "fastkd-overwrite" and mode == "forward")]
+    contenders, absent = able(names, lambda name: _contender(name, arena, truth, mode, args.impl), truth.check)
     rows, vocab = arena.memory.shape
     labels = {
         "divergence": truth.divergence,
@@ -162,7 +152,7 @@ def _contender(name: str, arena: Arena, truth: Gate, mode: str, impl: str | None
     if name in ("eager", "compiled"):
         ran, loss = "", eager(truth.divergence, truth.teacher)
     else:
-        ran = implementation(impl, arena.memory, truth.teacher.log_probs)
+        ran = implementation("kd_loss(TopK)", impl, arena.memory, truth.teacher.log_probs)
         loss = _fastkd(name, truth, impl)
     if name == "compiled":
         torch._dynamo.reset()  # else the recompilations of a long run count against one limit

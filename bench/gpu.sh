@@ -112,13 +112,15 @@ benches() {
         local tiny=(--device cpu --threads 1 --repeat 2 --providers eager fastkd)
         bench kd 30 kd "${tiny[@]}" fastkd-overwrite --vocab 257 --rows 8
         bench head 20 head "${tiny[@]}" --vocab 257 --rows 8 --hidden 16
+        bench topk 20 topk "${tiny[@]}" cross-entropy --vocab 257 --rows 8 --k 4
         bench call 20 call "${tiny[@]}" --calls 3
         return
     fi
     # What matters most comes first: rows are written case by case, and a time limit loses the last ones alone.
-    bench kd 120 kd --device cuda --vocab 128256 50257 151936 32000 262144
+    bench kd 105 kd --device cuda --vocab 128256 50257 151936 32000 262144
     bench head 95 head --device cuda --vocab 128256 --hidden 4096 --rows 8192 1024 2048 --mode forward+backward --repeat 10
-    bench kd-divergences 65 kd --device cuda --vocab 128256 --mode forward+backward --divergence jsd tvd reverse_kl
+    bench kd-divergences 55 kd --device cuda --vocab 128256 --mode forward+backward --divergence jsd tvd reverse_kl
+    bench topk 25 topk --device cuda --vocab 128256 --mode forward+backward
     bench call 20 call --device cuda
 }
 

@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import fastkd  # noqa: E402
-from bench import gate, gpu_compaction_checks, gpu_head_checks  # noqa: E402
+from bench import gate, gpu_compaction_checks, gpu_head_checks, gpu_teacher_checks  # noqa: E402
 from bench.data import as_output, peaked_pair  # noqa: E402
 from bench.gate import Wrong  # noqa: E402
 from fastkd._rows import DIVERGENCES  # noqa: E402
@@ -314,6 +314,8 @@ def checks(setting: Setting) -> dict[str, Callable[[], None]]:
             name = f"exact {divergence} {str(dtype).removeprefix('torch.')}"
             found[name] = partial(exact, setting, divergence, dtype)
         found[f"heads {str(dtype).removeprefix('torch.')}"] = partial(heads, setting, dtype)
+        name = f"teachers without logits {str(dtype).removeprefix('torch.')}"
+        found[name] = partial(gpu_teacher_checks.numbers, setting.device, dtype, kd)
     for check in (*ANYWHERE, *(ON_GPU if setting.device == "cuda" else ())):
         found[check.__name__.replace("_", " ")] = partial(check, setting)
     return found

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from bench import gpu_checks, gpu_head_checks, measure
+from bench import gpu_checks, gpu_head_checks, gpu_teacher_checks, measure
 from bench.gate import Wrong
 from bench.measure import Contender
 
@@ -127,9 +127,9 @@ def test_a_wrong_kernel_fails(
     assert reported.endswith(f"1 failed: {check}\n")
 
 
-@pytest.mark.parametrize("check", [gpu_head_checks.numbers, gpu_head_checks.everything])
+@pytest.mark.parametrize("check", [gpu_head_checks.numbers, gpu_head_checks.everything, gpu_teacher_checks.numbers])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_checks_of_heads(check: Callable[..., None], dtype: torch.dtype) -> None:
+def test_checks_beside_those_of_logits(check: Callable[..., None], dtype: torch.dtype) -> None:
     """With whatever computes it here."""
 
     def gradient_off(*arguments: Any, **options: Any) -> Tensor:
@@ -272,7 +272,7 @@ def machine(tmp_path: Path) -> Machine:
     return machine
 
 
-STEPS = ["environment", "gpu", "build", "tests", "kd", "head", "kd-divergences", "call", "losses"]
+STEPS = ["environment", "gpu", "build", "tests", "kd", "head", "kd-divergences", "topk", "call", "losses"]
 
 
 def test_a_gpu_machine_where_everything_works(machine: Machine) -> None:
@@ -333,6 +333,7 @@ def test_one_step_that_fails_fails_the_run_and_stops_nothing(machine: Machine, s
         "head": "run.py head",
         "kd": "32000",
         "kd-divergences": "jsd",
+        "topk": "run.py topk",
         "call": "run.py call",
         "losses": "/losses.xml",
     }
@@ -348,7 +349,7 @@ def test_one_step_that_fails_fails_the_run_and_stops_nothing(machine: Machine, s
 
 def test_a_dry_run_fails_where_python_does(machine: Machine) -> None:
     status, summary = machine.gpu_script("--dry-run", PYTHON="false")
-    assert summary.count("FAILED") == 5
+    assert summary.count("FAILED") == 6
     assert "FAILED   checks: exit status 1\n" in summary
     assert status == 1
 
@@ -381,6 +382,6 @@ def test_gpu_script_dry_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     summary = done.stdout.split("== summary\n")[1]
     assert "FAILED" not in summary
-    for step in ("environment", "build", "checks", "kd", "head", "call"):
+    for step in ("environment", "build", "checks", "kd", "head", "topk", "call"):
         assert f" {step}" in summary
-    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["call", "head", "kd"]
+    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["call", "head", "kd", "topk"]

@@ -4,7 +4,7 @@ from ._dispatch import explain
 from ._workspace import set_workspace
 from .inputs import Expected, Head, TopK
 from .losses.logit import KDLoss, LossParts, cross_entropy, kd_loss
-from .losses.relation import gram_loss, prepare_teacher
+from .losses.relation import cka_loss, cosine_relation_loss, gram_loss, prepare_teacher, similarity_preserving_loss
 
 __version__ = "0.1.0"
 
@@ -14,10 +14,13 @@ __all__ = [
     "KDLoss",
     "LossParts",
     "TopK",
+    "cka_loss",
+    "cosine_relation_loss",
     "cross_entropy",
     "explain",
     "gram_loss",
     "kd_loss",
     "prepare_teacher",
     "set_workspace",
+    "similarity_preserving_loss",
 ]

@@ -38,6 +38,9 @@ OPERATIONS = {
     "cross_entropy": "logit",
     'Head(compact="device")': "matmul",
     "gram_loss": "gram",
+    "cosine_relation_loss": "gram",
+    "similarity_preserving_loss": "gram",
+    "cka_loss": "gram",
 }
 ANYWHERE = ("algebra", "reference")  # made of torch's operations: no device and no dtype is refused
 LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))

@@ -21,6 +21,8 @@ from torch import Tensor
 
 Result = tuple[Tensor, Tensor | None]
 
+SHORTEST = 1e-12  # a row that is no longer counts as zero, with gradient 0
+
 
 class Features:
     """A batch of features, and what was computed from them so far. The features must not change."""
@@ -36,15 +38,20 @@ class Features:
         return f"{type(self).__name__}(shape={tuple(self.tensor.shape)}, kept={sorted(self.kept)})"
 
 
-def kept(compute: Callable[[Tensor], Tensor]) -> Callable[[Features], Tensor]:
+def keep(features: Features, name: str, compute: Callable[[], Tensor]) -> Tensor:
     """A quantity of features that is computed when it is first asked for."""
+    value = features.kept.get(name)
+    if value is None:
+        value = features.kept[name] = compute()
+    return value
+
+
+def kept(compute: Callable[[Tensor], Tensor]) -> Callable[[Features], Tensor]:
+    """:func:`keep` for a quantity that has a function of its own, of the tensor alone."""
 
     @functools.wraps(compute)
     def quantity(features: Features) -> Tensor:
-        value = features.kept.get(compute.__name__)
-        if value is None:
-            value = features.kept[compute.__name__] = compute(features.tensor)
-        return value
+        return keep(features, compute.__name__, lambda: compute(features.tensor))
 
     return quantity
 

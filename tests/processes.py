@@ -21,3 +21,20 @@ def run_python(code: str, *arguments: str, **environment: str) -> str:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+def run_ranks(code: str, folder: Path, ranks: int = 2) -> list[str]:
+    """A process for each rank, which gets its number and a folder where the ranks can meet; what each printed."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), str(rank), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=Path(__file__).parent,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    results = [process.communicate(timeout=300) for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(error[-3000:] for _, error in results)
+    return [output for output, _ in results]

@@ -4,44 +4,179 @@ For S (N, D) and T (N, D'), with the Frobenius norm::
 
     |S S' - T T'|^2 = |S' S|^2 - 2 |T' S|^2 + |T' T|^2        d / dS = 4 (S (S' S) - T (T' S))
 
-The right side is a difference of numbers that may be many orders larger: everything is summed in float64.
+The right side is a difference of numbers that may be many orders larger: whatever a value depends on is summed in
+float64. The gradient's products with the (D, D) matrices are taken in the dtype of the loss, since their rounding is
+that of the N x N matrices, if not less.
+
+Of the Gram matrices' rows, g_i = S s_i and h_i = T t_i, the lengths and inner products come from the same matrices::
+
+    |g_i|^2 = s_i' (S' S) s_i        g_i . h_i = t_i' (T' S) s_i
+
+and so does what ``similarity_preserving_loss`` is the sum of, |g_i / |g_i| - h_i / |h_i||^2 = 2 - 2 cos_i::
+
+    d / dS = -2 (a T C - b S M + T (T' (a S)) - S (S' (b S))),    a = 1 / (|g| |h|), b = cos / |g|^2, C = T' S, M = S' S
+
+with a and b one number a row. For S and T centred, h = |T' S|^2, p = |S' S| and q = |T' T|::
+
+    cka = h / (p q)        d cka / dS = 2 / (p q) (T C - h / p^2 S M)
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .._features import Features, Result, kept, result_dtype
-from ._widen import wide, widen
+from .._features import SHORTEST, Features, Result, keep, result_dtype
+from ._widen import chunk_rows, products, wide_dtype, widen
+
+TILE = 2**22  # pairs that are compared at a time, where the pairs themselves are
 
 
 def gram_loss(student: Features, teacher: Features, gradient: bool, *, reduction: str) -> Result:
-    loss, slope = _squares(student, teacher, gradient)
-    n = student.tensor.shape[0]
-    scale = 1.0 if reduction == "sum" or n == 0 else 1.0 / n**2
     dtype = result_dtype(student, teacher)
-    return (loss * scale).to(dtype), None if slope is None else (slope * scale).to(dtype)
+    s, t = student.tensor.to(dtype), teacher.tensor.to(dtype)
+    return _squares(s, t, teacher, "rows", gradient, _scale(s, reduction))
 
 
-def _squares(student: Features, teacher: Features, gradient: bool) -> Result:
-    s, t = wide(student), wide(teacher)
-    if s.shape[0] <= max(s.shape[1], t.shape[1]):
-        difference = s @ s.T - _products(teacher)
-        return difference.square().sum(), 4 * (difference @ s) if gradient else None
-    own, cross = s.T @ s, t.T @ s
-    loss = own.square().sum() - 2 * cross.square().sum() + _moments(teacher).square().sum()
-    return loss.clamp(min=0), 4 * (s @ own - t @ cross) if gradient else None
+def cosine_relation_loss(student: Features, teacher: Features, gradient: bool, *, reduction: str) -> Result:
+    dtype = result_dtype(student, teacher)
+    (s, lengths), (t, _) = _directions(student.tensor.to(dtype)), _directions(teacher.tensor.to(dtype))
+    loss, slope = _squares(s, t, teacher, "directions", gradient, _scale(s, reduction))
+    if slope is not None:
+        slope = torch.where(lengths <= SHORTEST, 0, (slope - s * (slope * s).sum(1, keepdim=True)) / lengths)
+    return loss, slope
 
 
-@kept
-def _products(features: Tensor) -> Tensor:
-    """T T', (N, N)"""
-    t = widen(features)
-    return t @ t.T
+def similarity_preserving_loss(
+    student: Features, teacher: Features, gradient: bool, *, norm: str, reduction: str
+) -> Result:
+    dtype = result_dtype(student, teacher)
+    s, t = student.tensor.to(dtype), teacher.tensor.to(dtype)
+    if norm == "l1" or _few(s, t):  # sums of absolute values have no shortcut
+        return _compared_rows(s, t, gradient, 1 if norm == "l1" else 2, _scale(s, reduction))
+    return _cosines_of_rows(s, t, teacher, gradient, _scale(s, reduction))
 
 
-@kept
-def _moments(features: Tensor) -> Tensor:
-    """T' T, (D, D)"""
-    t = widen(features)
-    return t.T @ t
+def cka_loss(student: Features, teacher: Features, gradient: bool) -> Result:
+    dtype = result_dtype(student, teacher)
+    s, t = _centred(student.tensor.to(dtype)), _centred(teacher.tensor.to(dtype))
+    name = "centred rows"
+    if _few(s, t):
+        own, other = s @ s.T, keep(teacher, f"{name}: pairs, {dtype}", lambda: t @ t.T)
+        cross = (own * other).sum(dtype=wide_dtype(s))
+        own_length, other_length = _length(own), _length(other)
+    else:
+        own, other, mixed = products(s, s), keep(teacher, f"{name}: products", lambda: products(t, t)), products(t, s)
+        cross, own_length, other_length = mixed.square().sum(), _length(own), _length(other)
+    lengths = own_length * other_length
+    constant = lengths == 0
+    cka = torch.where(constant, 0, cross / lengths)
+    loss = (1 - cka).clamp(min=0).to(dtype)
+    if not gradient:
+        return loss, None
+    outer = torch.where(constant, 0, -2 / lengths)
+    inner = torch.where(constant, 0, 2 * cka / own_length.square())
+    if _few(s, t):
+        return loss, (outer.to(dtype) * other + inner.to(dtype) * own) @ s
+    return loss, torch.addmm(t @ (outer * mixed).to(dtype), s, (inner * own).to(dtype))
+
+
+def _few(s: Tensor, t: Tensor) -> bool:
+    """Rows: then the N x N matrices are the smaller ones."""
+    return s.shape[0] <= max(s.shape[1], t.shape[1])
+
+
+def _scale(s: Tensor, reduction: str) -> float:
+    return 1.0 if reduction == "sum" else 1.0 / max(1, s.shape[0]) ** 2
+
+
+def _length(matrix: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(matrix, dtype=wide_dtype(matrix))
+    return length
+
+
+def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of length 1, or of zeros; and how long they were."""
+    lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide_dtype(x)).to(x.dtype)
+    return torch.where(lengths <= SHORTEST, 0, x / lengths), lengths
+
+
+def _centred(x: Tensor) -> Tensor:
+    x = x - x[:1]  # exact for rows that are close: of equal ones nothing is left
+    return x - x.mean(0)
+
+
+def _squares(s: Tensor, t: Tensor, teacher: Features, name: str, gradient: bool, scale: float) -> Result:
+    """scale |S S' - T T'|^2; t has what ``name`` says of the teacher."""
+    if _few(s, t):
+        difference = s @ s.T - keep(teacher, f"{name}: pairs, {s.dtype}", lambda: t @ t.T)
+        loss = scale * difference.square().sum(dtype=wide_dtype(s))
+        return loss.to(s.dtype), (4 * scale * difference) @ s if gradient else None
+    own, cross, other = products(s, s), products(t, s), keep(teacher, f"{name}: products", lambda: products(t, t))
+    loss = scale * (own.square().sum() - 2 * cross.square().sum() + other.square().sum())
+    slope = None
+    if gradient:
+        slope = torch.addmm(s @ (4 * scale * own).to(s.dtype), t, (-4 * scale * cross).to(s.dtype))
+    return loss.clamp(min=0).to(s.dtype), slope
+
+
+def _compared_rows(s: Tensor, t: Tensor, gradient: bool, order: int, scale: float) -> Result:
+    """scale sum_i |g_i / |g_i| - h_i / |h_i||_2^2, some rows of both Gram matrices at a time."""
+    loss = s.new_zeros((), dtype=wide_dtype(s))
+    slope = torch.zeros_like(s) if gradient else None
+    tile = max(1, TILE // max(1, s.shape[0]))
+    for first in range(0, s.shape[0], tile):
+        rows = slice(first, first + tile)
+        (g, lengths), (h, _) = _normalised(s[rows] @ s.T, order), _normalised(t[rows] @ t.T, order)
+        difference = g - h
+        loss += difference.square().sum(dtype=loss.dtype)
+        if slope is not None:
+            direction = g if order == 2 else g.sign()
+            radial = (difference * g).sum(1, keepdim=True)
+            towards = torch.where(lengths <= SHORTEST, 0, 2 * scale * (difference - direction * radial) / lengths)
+            slope[rows] += towards @ s
+            slope += towards.T @ s[rows]
+    return (scale * loss).to(s.dtype), slope
+
+
+def _normalised(rows: Tensor, order: int) -> tuple[Tensor, Tensor]:
+    lengths = torch.linalg.vector_norm(rows, order, dim=1, keepdim=True)
+    return torch.where(lengths <= SHORTEST, 0, rows / lengths), lengths
+
+
+def _cosines_of_rows(s: Tensor, t: Tensor, teacher: Features, gradient: bool, scale: float) -> Result:
+    """scale sum_i |g_i / |g_i| - h_i / |h_i||_2^2 by products of features alone."""
+    own, cross = products(s, s), products(t, s)
+    taught = keep(teacher, "rows: lengths of rows of pairs", lambda: _lengths_of_rows(t, products(t, t)))
+    loss, slope = own.new_zeros(()), torch.empty_like(s) if gradient else None
+    outer, inner = s.new_empty(s.shape[0], 1), s.new_empty(s.shape[0], 1)
+    step = chunk_rows(s, t)
+    for first in range(0, s.shape[0], step):
+        rows = slice(first, first + step)
+        mine, theirs = widen(s[rows]), widen(t[rows])
+        to_own, to_cross = mine @ own, theirs @ cross
+        lengths, other_lengths = _lengths(mine, to_own), taught[rows]
+        zero, other_zero = lengths <= SHORTEST, other_lengths <= SHORTEST
+        a = torch.where(zero | other_zero, 0, 1 / (lengths * other_lengths))
+        cosine = (to_cross * mine).sum(1, keepdim=True) * a
+        b = torch.where(zero, 0, cosine / lengths.square())
+        loss += (2 - zero.to(loss.dtype) - other_zero.to(loss.dtype) - 2 * cosine).sum()
+        if slope is not None:
+            slope[rows], outer[rows], inner[rows] = b * to_own - a * to_cross, a, b
+    loss = (scale * loss).clamp(min=0).to(s.dtype)
+    if slope is None:
+        return loss, None
+    slope.addmm_(s, s.T @ (inner * s)).addmm_(t, t.T @ (outer * s), alpha=-1)
+    return loss, slope.mul_(2 * scale)
+
+
+def _lengths_of_rows(x: Tensor, own: Tensor) -> Tensor:
+    """(N, 1): how long the rows of the Gram matrix are."""
+    step = chunk_rows(x, x)
+    return torch.cat([_lengths(rows, rows @ own) for rows in map(widen, x.split(step))])
+
+
+def _lengths(rows: Tensor, to_own: Tensor) -> Tensor:
+    """At least the diagonal's entry, which rounding may fall below where the others are nearly orthogonal."""
+    least = rows.square().sum(1, keepdim=True).square()
+    return torch.maximum((to_own * rows).sum(1, keepdim=True), least).sqrt()

@@ -1,15 +1,24 @@
 r"""Losses that compare the inner products of rows, by building both N x N matrices.
 
-With s_i, t_i the rows of student and teacher, whose lengths may differ:
+With s_i, t_i the rows of student and teacher, whose lengths may differ, and g_ij = s_i . s_j, h_ij = t_i . t_j::
 
-``gram_loss``   sum_ij (s_i . s_j - t_i . t_j)^2 / N^2
+    gram_loss                   sum_ij (g_ij - h_ij)^2 / N^2
+    cosine_relation_loss        the same of rows of length 1, s_i / |s_i|
+    similarity_preserving_loss  sum_i |g_i / |g_i| - h_i / |h_i||_2^2 / N^2, with g_i, h_i the rows of g and h
+    cka_loss                    1 - sum_ij g_ij h_ij / (|g| |h|) of centred s and t
+                                = |g / |g| - h / |h||^2 / 2, which subtracts no two numbers near 1
+
+"sum" does not divide by N^2. A row is divided by its Euclidean length (for ``norm="l1"``, g_i and h_i by the sum of
+their absolute values); one no longer than 1e-12 counts as zero, and what was divided has gradient 0. Where g or h of
+``cka_loss`` is all 0, the loss is 1 and the gradient 0.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .._features import Features, Result, result_dtype
+from .._features import SHORTEST, Features, Result, result_dtype
 from ._gradient import value_and_gradient
 
 
@@ -21,6 +30,65 @@ def gram_loss(student: Features, teacher: Features, gradient: bool, *, reduction
         return _reduce((s @ s.T - taught @ taught.T).square(), reduction)
 
     return value_and_gradient(formula, student.tensor.to(dtype), gradient)
+
+
+def cosine_relation_loss(student: Features, teacher: Features, gradient: bool, *, reduction: str) -> Result:
+    dtype = result_dtype(student, teacher)
+    taught = normalised(teacher.tensor.to(dtype))
+
+    def formula(s: Tensor) -> Tensor:
+        s = normalised(s)
+        return _reduce((s @ s.T - taught @ taught.T).square(), reduction)
+
+    return value_and_gradient(formula, student.tensor.to(dtype), gradient)
+
+
+def similarity_preserving_loss(
+    student: Features, teacher: Features, gradient: bool, *, norm: str, reduction: str
+) -> Result:
+    dtype = result_dtype(student, teacher)
+    order = 1 if norm == "l1" else 2
+    taught = teacher.tensor.to(dtype)
+    taught = normalised(taught @ taught.T, order)
+
+    def formula(s: Tensor) -> Tensor:
+        return _reduce((normalised(s @ s.T, order) - taught).square(), reduction)
+
+    return value_and_gradient(formula, student.tensor.to(dtype), gradient)
+
+
+def cka_loss(student: Features, teacher: Features, gradient: bool) -> Result:
+    dtype = result_dtype(student, teacher)
+    taught = _centred(teacher.tensor.to(dtype))
+    h, no_teacher = _direction(taught @ taught.T)
+
+    def formula(s: Tensor) -> Tensor:
+        s = _centred(s)
+        g, no_student = _direction(s @ s.T)
+        return torch.where(no_student | no_teacher, 1, 0.5 * (g - h).square().sum())
+
+    return value_and_gradient(formula, student.tensor.to(dtype), gradient)
+
+
+def normalised(rows: Tensor, order: int = 2) -> Tensor:
+    """Rows of length 1, or of zeros. A length of 0 has no derivative: it is replaced before the division."""
+    lengths = torch.linalg.vector_norm(rows.detach(), order, dim=1, keepdim=True)
+    short = lengths <= SHORTEST
+    safe = torch.where(short, 1, rows)
+    return torch.where(short, 0, safe / torch.linalg.vector_norm(safe, order, dim=1, keepdim=True))
+
+
+def _centred(x: Tensor) -> Tensor:
+    """Beginning with the first row, which is exact for rows that are close: of equal ones nothing is left."""
+    x = x - x[:1]
+    return x - x.mean(0)
+
+
+def _direction(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix at length 1; and whether it has none, where a one in each place keeps autograd from 0 / 0."""
+    empty = (matrix == 0).all()
+    matrix = torch.where(empty, 1, matrix)
+    return matrix / torch.linalg.vector_norm(matrix), empty
 
 
 def _reduce(squares: Tensor, reduction: str) -> Tensor:

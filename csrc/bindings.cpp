@@ -1,6 +1,7 @@
 // The extension's module. It knows no torch: addresses, sizes and numbers come in, so one build serves every torch.
 #include <pybind11/pybind11.h>
 
+#include "cpu/attention_rows.h"
 #include "cpu/isa.h"
 #include "cpu/logit_rows.h"
 #include "cpu/topk_rows.h"
@@ -31,6 +32,13 @@ class Numbers {
         const float* data = address<float>();
         const int64_t stride = integer();
         return {data, stride, real()};
+    }
+    Heads heads() {
+        const void* data = address<void>();
+        const int64_t batch = integer(), head = integer(), token = integer();
+        const Dtype dtype = static_cast<Dtype>(integer());
+        const int64_t heads = integer();
+        return {data, batch, head, token, dtype, heads, integer()};
     }
     bool more() const { return next_ < size_; }
     static void check() {
@@ -134,6 +142,35 @@ void scatter(const py::tuple& logits, const py::tuple& numbers, Address ids, int
                  reinterpret_cast<void*>(grad), stride, fresh);
 }
 
+// Four tensors and all the rest, laid out by fastkd/native/attention.py.
+AttentionProblem attention_problem(const py::tuple& tuple) {
+    Numbers numbers(tuple);
+    AttentionProblem p;
+    for (Heads* heads : {&p.student_queries, &p.student_keys, &p.teacher_queries, &p.teacher_keys}) *heads = numbers.heads();
+    p.batch = numbers.integer(), p.queries = numbers.integer(), p.keys = numbers.integer();
+    p.key_mask = numbers.address<bool>(), p.query_mask = numbers.address<bool>(), p.causal = numbers.integer();
+    p.scale = numbers.real(), p.teacher_scale = numbers.real(), p.threads = static_cast<int>(numbers.integer());
+    Numbers::check();
+    return p;
+}
+
+double forward_attention(const py::tuple& numbers, int reduction, double divisor, Address loss, Address state) {
+    const AttentionProblem p = attention_problem(numbers);
+    const py::gil_scoped_release release;
+    return attention_forward(p, static_cast<AttentionReduction>(reduction), divisor, reinterpret_cast<float*>(loss),
+                             reinterpret_cast<double*>(state));
+}
+
+void backward_attention(const py::tuple& numbers, Address state, Address grad_loss, bool by_row, double scale,
+                        const py::tuple& of_queries, const py::tuple& of_keys, bool same) {
+    const AttentionProblem p = attention_problem(numbers);
+    const Heads queries = Numbers(of_queries).heads(), keys = Numbers(of_keys).heads();
+    Numbers::check();
+    const py::gil_scoped_release release;
+    attention_backward(p, reinterpret_cast<const double*>(state), reinterpret_cast<const float*>(grad_loss), by_row, scale,
+                       queries, keys, same);
+}
+
 }  // namespace
 }  // namespace fastkd
 
@@ -145,6 +182,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("logit_backward", &backward);
     m.def("topk_gather", &gather);
     m.def("topk_scatter", &scatter);
+    m.def("attention_forward", &forward_attention);
+    m.def("attention_backward", &backward_attention);
 #ifdef FASTKD_WITH_CUDA
     m.attr("cuda_architectures") = FASTKD_WITH_CUDA;
     m.def("cuda_device_count", &cuda_device_count);

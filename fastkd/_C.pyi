@@ -50,5 +50,21 @@ def topk_scatter(
     /,
 ) -> None: ...
 
+# A problem of attention is one tuple, which fastkd/native/attention.py lays out; a gradient's memory is another.
+def attention_forward(
+    numbers: tuple[float, ...], reduction: int, divisor: float, loss: int, state: int, /
+) -> float: ...
+def attention_backward(
+    numbers: tuple[float, ...],
+    state: int,
+    grad_loss: int,
+    by_row: bool,
+    scale: float,
+    of_queries: tuple[int, ...],
+    of_keys: tuple[int, ...],
+    same: bool,
+    /,
+) -> None: ...
+
 # Only where the extension was built with CUDA.
 def cuda_device_count() -> int: ...

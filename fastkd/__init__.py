@@ -3,23 +3,28 @@
 from ._dispatch import explain
 from ._workspace import set_workspace
 from .inputs import Expected, Head, TopK
+from .losses.attention import AttentionKLLoss, MiniLMLoss, attention_kl_loss, minilm_loss
 from .losses.logit import KDLoss, LossParts, cross_entropy, kd_loss
 from .losses.relation import cka_loss, cosine_relation_loss, gram_loss, prepare_teacher, similarity_preserving_loss
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionKLLoss",
     "Expected",
     "Head",
     "KDLoss",
     "LossParts",
+    "MiniLMLoss",
     "TopK",
+    "attention_kl_loss",
     "cka_loss",
     "cosine_relation_loss",
     "cross_entropy",
     "explain",
     "gram_loss",
     "kd_loss",
+    "minilm_loss",
     "prepare_teacher",
     "set_workspace",
     "similarity_preserving_loss",

@@ -41,6 +41,7 @@ OPERATIONS = {
     "cosine_relation_loss": "gram",
     "similarity_preserving_loss": "gram",
     "cka_loss": "gram",
+    "attention_kl_loss": "attention",
 }
 ANYWHERE = ("algebra", "reference")  # made of torch's operations: no device and no dtype is refused
 LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))

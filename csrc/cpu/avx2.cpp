@@ -1,3 +1,4 @@
+#include "attention-inl.h"
 #include "isa.h"
 #include "logit-inl.h"
 #include "topk-inl.h"
@@ -13,6 +14,7 @@ const InstructionSet avx2 = {
     supported,
     {statistics, divergence, gradient, unmatched, best},
     {topk_statistics, topk_gradient},
+    {kLanes, kRows, W, pack, attention_statistics, attention_gradient, write_row},
 };
 
 }  // namespace fastkd

@@ -1,6 +1,7 @@
 // The instruction sets, best first. FASTKD_CPU_ISA=<name> forces one; one that is unknown, or that this processor lacks,
 // is an error and never silently another.
 #pragma once
+#include "attention.h"
 #include "logit.h"
 #include "topk.h"
 
@@ -11,6 +12,7 @@ struct InstructionSet {
     bool (*supported)();  // asks the processor and the operating system
     LogitKernels logit;
     TopKKernels topk;
+    AttentionKernels attention;
 };
 
 extern const InstructionSet generic;

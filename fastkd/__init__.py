@@ -4,6 +4,7 @@ from ._dispatch import explain
 from ._workspace import set_workspace
 from .inputs import Expected, Head, TopK
 from .losses.attention import AttentionKLLoss, MiniLMLoss, attention_kl_loss, minilm_loss
+from .losses.decoupled import dkd_loss, nkd_loss
 from .losses.logit import KDLoss, LossParts, cross_entropy, kd_loss
 from .losses.relation import cka_loss, cosine_relation_loss, gram_loss, prepare_teacher, similarity_preserving_loss
 
@@ -21,10 +22,12 @@ __all__ = [
     "cka_loss",
     "cosine_relation_loss",
     "cross_entropy",
+    "dkd_loss",
     "explain",
     "gram_loss",
     "kd_loss",
     "minilm_loss",
+    "nkd_loss",
     "prepare_teacher",
     "set_workspace",
     "similarity_preserving_loss",

@@ -144,25 +144,20 @@ def target(op: str, value: Any, student: Tensor, shape: Sequence[int]) -> Tensor
     return value.reshape(-1).to(torch.int64).contiguous()
 
 
-def divisor(rows: LogitRows, op: str | None = None) -> float | None:
+def divisor(rows: LogitRows) -> float | None:
     """The number that it is, on the CPU; None for the sum of the weights."""
     if rows.divisor is None or isinstance(rows.divisor, float):
         return rows.divisor
     got = float(rows.divisor)
     if not 0 <= got < math.inf:
-        bad_value(op or operation(rows), "normalizer", "be finite and not negative", got)
+        bad_value(rows.op, "normalizer", "be finite and not negative", got)
     return got
 
 
-def operation(rows: LogitRows) -> str:
-    """Whose rows these are, unless the caller knows of a teacher that is not among them."""
-    return "kd_loss" if rows.teachers else "cross_entropy"
-
-
-def row_data(rows: LogitRows, vocabulary: int, op: str | None = None) -> None:
+def row_data(rows: LogitRows, vocabulary: int) -> None:
     """What only the data shows, where the implementation does not look itself, or sees some rows alone."""
-    op = op or operation(rows)
-    divisor(rows, op)
+    op = rows.op
+    divisor(rows)
     if rows.target is not None:
         outside = (rows.target != rows.ignore_index) & ((rows.target < 0) | (rows.target >= vocabulary))
         if bool(outside.any()):

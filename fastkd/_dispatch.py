@@ -36,6 +36,8 @@ OPERATIONS = {
     "kd_loss": "logit",
     "kd_loss(TopK)": "topk",
     "cross_entropy": "logit",
+    "dkd_loss": "logit",
+    "nkd_loss": "logit",
     'Head(compact="device")': "matmul",
     "gram_loss": "gram",
     "cosine_relation_loss": "gram",

@@ -95,7 +95,18 @@ class LogitRows:
     sparse: tuple[SparseTeacher, ...] = ()
     expected: tuple[ExpectedTeacher, ...] = ()
     hidden: Tensor | None = None  # (N, H): what the student's logits were computed from, times their scale
+    op: str = "kd_loss"  # whose rows these are, for messages
+    label_weight: float = 0.0  # of what losses/terms/decoupled.py says of the target
+    without_target: bool = False  # see below
+    label_slope: Tensor | None = None  # (N,), for backward
     notes: Any = field(default=None, init=False)  # an implementation's own, from its forward to its backward
+
+
+# without_target: the soft term is over the shared ids but the row's target, as if both sides were at -inf there; with
+# one teacher, forward_kl or cross_entropy, and no label smoothing. The hard term sees all ids as ever. A teacher of
+# weight 0 is looked at all the same, and a side without a finite logit among the others has the log-sum -inf.
+# Backward adds label_slope to the target's logit, and takes it from the others in proportion to q: the derivative of
+# what depends on the student's odds of the target alone. Every weight and the incoming gradient are in it.
 
 
 def of_rows(

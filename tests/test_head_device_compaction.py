@@ -271,7 +271,7 @@ def test_nothing_is_asked_of_the_device(softcap: float | None, monkeypatch: pyte
 
     def chunks(compact: Any) -> _chunks.Chunks:
         student = Head(x, w, b, softcap=softcap, compact=compact)
-        return _chunks.Chunks(rows, student, [Head(tx, tw)], op="kd_loss", impl=None, dim=1, autocast=None)
+        return _chunks.Chunks(rows, student, [Head(tx, tw)], impl=None, dim=1, autocast=None)
 
     on_device = chunks("device")
     on_device.forward([True] * 3, torch.float32)

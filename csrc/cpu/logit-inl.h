@@ -91,7 +91,7 @@ FASTKD_INLINE double raise(float& max, float highest, float scale) {
 FASTKD_INLINE void add_teacher(const LogitRow& row, int32_t k, int64_t begin, int64_t n, const float* s,
                                const StudentSums& student, double moved, TeacherSums& sums) {
     Tile scratch;
-    const float* t = fetch(row.teachers[k], begin, n, scratch);
+    const float* t = fetch_but(row.absent, row.teachers[k], begin, n, scratch);
     const float scale = row.teacher_scale[k];
     const Cross kind = cross_of(row.divergence);
     float highest, lowest;
@@ -156,7 +156,7 @@ void statistics(const LogitRow& row, StudentSums& student, TeacherSums* teachers
     const int64_t shared = row.soft ? row.shared : 0;
     for (int64_t begin = 0; begin < shared; begin += kTile) {
         const int64_t n = shared - begin < kTile ? shared - begin : kTile;
-        const float* s = fetch(row.student, begin, n, scratch);
+        const float* s = fetch_but(row.absent, row.student, begin, n, scratch);
         float highest;
         const double moved = add_student(row, s, n, student, highest);
         if (row.total) student.total += total(s, n, highest);
@@ -286,11 +286,11 @@ void gradient(const LogitRow& row, const LogitGradient& g, void* grad) {
         const bool soft = begin < shared;
         const int64_t end = soft ? shared : row.vocabulary;
         const int64_t n = end - begin < kTile ? end - begin : kTile, whole = padded(n);
-        const float* s = fetch(row.student, begin, n, student_scratch);
+        const float* s = fetch_but(soft ? row.absent : -1, row.student, begin, n, student_scratch);
         bool first = true;
         for (int32_t k = 0; soft && k < row.teacher_count; ++k) {
             if (row.teacher_scale[k] == kSkipped) continue;
-            const float* t = fetch(row.teachers[k], begin, n, teacher_scratch);
+            const float* t = fetch_but(row.absent, row.teachers[k], begin, n, teacher_scratch);
             teacher_gradient(row, g, k, first, s, t, whole, out.data);
             first = false;
         }
@@ -307,13 +307,13 @@ void gradient(const LogitRow& row, const LogitGradient& g, void* grad) {
     }
 }
 
-bool unmatched(const Row& absent, const Row& present, int64_t n) {
+bool unmatched(const Row& absent, const Row& present, int64_t n, int64_t but) {
     Tile absent_scratch, present_scratch;
     vi found{};
     for (int64_t begin = 0; begin < n; begin += kTile) {
         const int64_t length = n - begin < kTile ? n - begin : kTile;
-        const float* a = fetch(absent, begin, length, absent_scratch);
-        const float* b = fetch(present, begin, length, present_scratch);
+        const float* a = fetch_but(but, absent, begin, length, absent_scratch);
+        const float* b = fetch_but(but, present, begin, length, present_scratch);
         for (int64_t i = 0; i < padded(length); i += W) found |= (load(a + i) == -kInfinity) & (load(b + i) != -kInfinity);
     }
     for (int i = 0; i < W; ++i) {

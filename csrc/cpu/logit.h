@@ -48,6 +48,7 @@ struct LogitRow {
     bool total;
     float scale;                 // log2(e) / T
     const float* teacher_scale;  // log2(e) / T_teacher; kSkipped for a teacher that has no weight here
+    int64_t absent;              // an id that the soft term leaves out, and with it both passes; -1: none
 };
 
 // What turns a side's logits into probabilities: with x_j = (s_j - max) * scale, q_j = 2^x_j / sum.
@@ -78,8 +79,8 @@ struct LogitKernels {
                        double* value, double* omega);
     // One row of the gradient, in the student's dtype; it may be the student's own memory.
     void (*gradient)(const LogitRow&, const LogitGradient&, void* grad);
-    // Whether an id at -inf in `absent` is not at -inf in `present`: there the divergence is infinite.
-    bool (*unmatched)(const Row& absent, const Row& present, int64_t n);
+    // Whether an id at -inf in `absent` is not at -inf in `present`: there the divergence is infinite. Not id `but`.
+    bool (*unmatched)(const Row& absent, const Row& present, int64_t n, int64_t but);
     // The first of the best ids.
     int64_t (*best)(const Row&, int64_t n);
 };

@@ -27,7 +27,7 @@ Divided finish(const RowTask& task, int32_t k, const LogitKernels& kernels, cons
         case Divergence::cross_entropy: {
             const bool kl = row.divergence == Divergence::forward_kl;
             const double value = kLn2 * (teacher.cross / zt + std::log2(kl ? zs / zt : zs));
-            const bool infinite = valid && student.masked && kernels.unmatched(row.student, taught, row.shared);
+            const bool infinite = valid && student.masked && kernels.unmatched(row.student, taught, row.shared, row.absent);
             return {infinite ? kInfinity : valid ? value : kNan, -1};
         }
         case Divergence::mse: {
@@ -40,7 +40,7 @@ Divided finish(const RowTask& task, int32_t k, const LogitKernels& kernels, cons
             kernels.divergence(row, k, normaliser(state + kStudentMax, row.scale),
                                normaliser(columns, row.teacher_scale[k]), &result.value, &result.omega);
             const bool infinite = row.divergence == Divergence::reverse_kl && valid && teacher.masked &&
-                                  kernels.unmatched(taught, row.student, row.shared);
+                                  kernels.unmatched(taught, row.student, row.shared, row.absent);
             return infinite ? Divided{kInfinity, kInfinity} : result;
         }
     }
@@ -48,18 +48,21 @@ Divided finish(const RowTask& task, int32_t k, const LogitKernels& kernels, cons
 
 void soft_term(const LogitProblem& p, int64_t i, RowTask& task, const LogitKernels& kernels, const StudentSums& student,
                const std::vector<TeacherSums>& teachers, double* state) {
+    // Where only the target has a finite logit, the others are no distribution: they have the log-sum -inf, and no NaN.
+    const auto log_sum = [&](double sum) { return p.without_target && sum == 0 ? -kInfinity : logsum(sum); };
     state[kStudentMax] = student.max;
-    state[kStudentLogsum] = logsum(student.sum);
+    state[kStudentLogsum] = log_sum(student.sum);
     const double t = task.temperature, squared = p.scale_by_t2 ? t * t : 1;
     double soft = 0;
     for (int32_t k = 0; k < task.row.teacher_count; ++k) {
         if (task.teacher_scale[k] == kSkipped) continue;
         double* columns = state + kFirstTeacher + kTeacherColumns * k;
         columns[kTeacherMax] = teachers[k].max;
-        columns[kTeacherLogsum] = logsum(teachers[k].sum);
+        columns[kTeacherLogsum] = log_sum(teachers[k].sum);
         const Divided divided = finish(task, k, kernels, student, teachers[k], state);
         columns[kOmega] = divided.omega;
-        soft += p.teacher_weight[k][i] * squared * divided.value;
+        const double share = p.teacher_weight[k][i];
+        if (share != 0) soft += share * squared * divided.value;
     }
     state[kSoft] = soft;
 }
@@ -86,6 +89,7 @@ double forward_row(const LogitProblem& p, int64_t i, RowTask& task, const LogitK
         std::fill(teachers.begin(), teachers.end(), TeacherSums());
         kernels.statistics(task.row, student, teachers.data());
         if (task.soft) soft_term(p, i, task, kernels, student, teachers, state);
+        if (task.hard && task.row.absent >= 0) add_absent(task, student);
         if (task.hard) hard_term(p, task, student, state);
     }
     if (p.agreement) agreement(p, i, task, kernels, state);
@@ -111,7 +115,7 @@ void teacher_terms(const LogitProblem& p, int64_t i, RowTask& task, const double
         const double slope = p.divergence == Divergence::mse ? 2 / omega : p.scale_by_t2 ? t : 1 / t;
         double coefficient = weight * p.teacher_weight[k][i] * slope;
         if (weight == 0 || omega == kInfinity) coefficient = 0;
-        if (coefficient == 0) task.teacher_scale[k] = kSkipped;
+        if (coefficient == 0 && p.label_slope[i] == 0) task.teacher_scale[k] = kSkipped;
         scratch.teachers[k] = normaliser(columns, task.teacher_scale[k]);
         scratch.coefficients[k] = static_cast<float>(coefficient);
         scratch.omega[k] = omega;
@@ -132,6 +136,11 @@ void backward_row(const LogitProblem& p, int64_t i, RowTask& task, const LogitKe
     if (!task.hard || weight == 0) task.row.hard = Hard::none;
     if (task.row.hard != Hard::none) {
         hard_terms(p, task, state, weight * task.alpha, state[kStudentMax], state[kStudentLogsum], g);
+    }
+    if (const auto slope = static_cast<float>(p.label_slope[i]); slope != 0) {
+        g.student_coefficient -= slope;
+        g.label_coefficient += slope;
+        g.label = task.label;
     }
     kernels.gradient(task.row, g, grad);
 }

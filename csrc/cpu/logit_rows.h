@@ -41,6 +41,8 @@ struct LogitProblem {
     double label_smoothing, z_loss;
     bool agreement;
     int threads;
+    bool without_target;
+    ByRow label_slope;
 };
 
 // What only the data shows: the first row with an id outside the vocabulary, or a temperature not positive and finite.

@@ -57,13 +57,20 @@ void RowTask::set(const LogitProblem& p, int64_t i) {
     soft = taught && weight != 0 && alpha != 1;
     for (size_t k = 0; k < teachers.size(); ++k) {
         teachers[k] = p.teachers[k].row(i);
-        const bool counts = soft && p.teacher_weight[k][i] != 0;
+        const bool counts = soft && (p.without_target || p.teacher_weight[k][i] != 0);
         teacher_scale[k] = counts ? scale(p.teacher_temperature[k][i]) : kSkipped;
     }
     row = {p.student.row(i), teachers.data(), static_cast<int32_t>(teachers.size()), p.vocabulary, p.shared,
            p.divergence,     p.beta,          soft, Hard::none, p.label_smoothing > 0,
-           scale(temperature), teacher_scale.data()};
-    if (hard) row.hard = soft ? power(temperature) : Hard::same;
+           scale(temperature), teacher_scale.data(), soft && p.without_target ? label : -1};
+    if (hard) row.hard = !soft ? Hard::same : p.without_target ? Hard::separate : power(temperature);
+}
+
+void add_absent(const RowTask& task, StudentSums& student) {
+    const float logit = value_at(task.row.student, task.row.absent);
+    const double before = student.hard_max;
+    if (logit > student.hard_max) student.hard_max = logit;
+    student.hard_sum = student.hard_sum * std::exp(before - student.hard_max) + std::exp((double)logit - student.hard_max);
 }
 
 void hard_term(const LogitProblem& p, const RowTask& task, const StudentSums& student, double* state) {
@@ -85,6 +92,10 @@ void hard_terms(const LogitProblem& p, const RowTask& task, const double* state,
     g.constant = static_cast<float>(-weight * p.label_smoothing / p.vocabulary);
     g.label_coefficient = static_cast<float>(-weight * (1 - p.label_smoothing));
     g.label = task.label;
+    if (task.row.absent >= 0) {  // no pass sees it: its own probability, here
+        const double log_q = value_at(task.row.student, task.label) - highest - hard_log_sum;
+        g.label_coefficient += static_cast<float>(coefficient * std::exp(log_q));
+    }
     if (!task.soft || p.divergence == Divergence::mse) return;
     // exp(s) = exp(s / T)^T: with q = exp((s - m) / T - z) the hard probability is q^T exp(T z + m - m_1 - z_1).
     const double ratio = std::exp(task.temperature * log_sum + max - highest - hard_log_sum);

@@ -35,6 +35,9 @@ struct RowTask {
     void set(const LogitProblem&, int64_t i);
 };
 
+// Adds the id that no pass saw to the hard sums.
+void add_absent(const RowTask&, StudentSums&);
+
 // Fills the state's hard columns.
 void hard_term(const LogitProblem&, const RowTask&, const StudentSums&, double* state);
 

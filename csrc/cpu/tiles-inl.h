@@ -52,6 +52,15 @@ FASTKD_INLINE const float* fetch(const Row& row, int64_t begin, int64_t n, Tile&
     return scratch.data;
 }
 
+// The same without one id: -inf is probability 0.
+FASTKD_INLINE const float* fetch_but(int64_t id, const Row& row, int64_t begin, int64_t n, Tile& scratch) {
+    const float* x = fetch(row, begin, n, scratch);
+    if (id < begin || id >= begin + n) return x;
+    if (x != scratch.data) __builtin_memcpy(scratch.data, x, n * sizeof(float));
+    scratch.data[id - begin] = -kInfinity;
+    return scratch.data;
+}
+
 // NaN may be lost here: it comes back through the sums.
 FASTKD_INLINE void extremes(const float* x, int64_t n, float& highest, float& lowest) {
     vf high = splat(-kInfinity), low = splat(kInfinity);

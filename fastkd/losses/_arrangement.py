@@ -15,6 +15,7 @@ from ..inputs.topk import ABSENT
 from . import _vocab_map
 from ._logit_arguments import Given, Logits
 from .terms import Term
+from .terms.decoupled import COLUMNS, DECOUPLED, Decoupled
 from .terms.expected import WithExpected
 from .terms.mapped import Mapped
 from .terms.several import Several
@@ -59,9 +60,11 @@ def arrange(logits: Logits, rows: LogitRows) -> tuple[Given, ...]:
     return given
 
 
-def term(op: str, impl: str | None, like: Tensor, others: Sequence[Tensor], rows: LogitRows, **kind: Any) -> Term:
+def term(impl: str | None, like: Tensor, others: Sequence[Tensor], rows: LogitRows, **kind: Any) -> Term:
     """Who computes these rows: an implementation, or a term made of its parts. ``kind``: pairs, student_topk."""
-    dense = _dispatch.pick(op, impl, like, others)
+    dense: Term = _dispatch.pick(rows.op, impl, like, others)
+    if rows.op in DECOUPLED:
+        return Decoupled(dense, rows.op)
     pairs, k = kind.get("pairs"), kind.get("student_topk")
     if not rows.sparse and not rows.expected and k is None:
         return dense if pairs is None else Mapped(dense, dense, pairs)
@@ -78,8 +81,10 @@ def term(op: str, impl: str | None, like: Tensor, others: Sequence[Tensor], rows
     return chosen if pairs is None else Mapped(dense, chosen, pairs)
 
 
-def state_columns(rows: LogitRows, dense: int, student_topk: int | None, mapped: bool) -> int:
+def state_columns(rows: LogitRows, dense: int, student_topk: int | None = None, mapped: bool = False) -> int:
     """How wide the state is that such a term leaves."""
+    if rows.op in DECOUPLED:
+        return state_width(dense) + COLUMNS
     events = [one.indices.shape[1] for one in rows.sparse]
     kept = 0
     if student_topk is not None:

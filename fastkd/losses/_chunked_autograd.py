@@ -93,7 +93,6 @@ def apply(
         rows,
         logits.student,
         teachers,
-        op=logits.op,
         impl=impl,
         dim=logits.dim,
         autocast=autocast_dtype(logits.anchor.device),

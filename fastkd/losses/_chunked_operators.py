@@ -64,7 +64,7 @@ def apply(
         spec["expected"].append([one.bias is not None, one.entropy is not None, one.checksum, _number(one.weight)])
         tensors += [one.mean, *(x for x in (one.bias, one.entropy) if x is not None), *_tensor(one.weight)]
     rows.student, rows.teachers = logits.anchor.detach(), ()  # the first has its place among the tensors
-    problem = [*pack(rows), logits.op, impl]
+    problem = [*pack(rows), impl]
     loss, state, *_ = torch.ops.fastkd.chunked_forward(*problem, tensors, logits.vocab_map, repr(spec))
     return loss, state
 
@@ -90,7 +90,7 @@ def _tensor(value: float | Tensor) -> list[Tensor]:
 
 
 def _chunks(arguments: Sequence[Any]) -> tuple[Chunks, dict[str, Any]]:
-    *problem, op, impl, tensors, vocab_map, text = arguments
+    *problem, impl, tensors, vocab_map, text = arguments
     spec, rest = ast.literal_eval(text), iter(tensors)
     rows = unpack(*problem)
     student, *teachers = (
@@ -100,7 +100,7 @@ def _chunks(arguments: Sequence[Any]) -> tuple[Chunks, dict[str, Any]]:
     rows.expected = tuple(_expected(rest, *one) for one in spec["expected"])
     autocast = None if spec["autocast"] is None else getattr(torch, spec["autocast"])
     more = {"vocab_map": vocab_map, "student_topk": spec["student_topk"], "autocast": autocast}
-    return Chunks(rows, student, teachers, op=op, impl=impl, dim=spec["dim"], **more), spec
+    return Chunks(rows, student, teachers, impl=impl, dim=spec["dim"], **more), spec
 
 
 def _filled(kind: type, tensors: list[Tensor], options: dict[str, Any]) -> Any:

@@ -40,7 +40,6 @@ class Chunks:
         student: Tensor | Head,
         teachers: Sequence[Given],
         *,
-        op: str,
         impl: str | None,
         dim: int,
         autocast: torch.dtype | None,
@@ -48,7 +47,7 @@ class Chunks:
         student_topk: int | None = None,
     ) -> None:
         self.rows, self.student, self.teachers = rows, student, tuple(teachers)
-        self.op, self.impl, self.dim, self.device, self.autocast = op, impl, dim, student.device, autocast
+        self.op, self.impl, self.dim, self.device, self.autocast = rows.op, impl, dim, student.device, autocast
         shape = student.shape
         self.count = math.prod((*shape[:dim], *shape[dim + 1 :]))
         half = isinstance(student, Tensor) and student.dtype is torch.float16
@@ -72,7 +71,7 @@ class Chunks:
             self.pairs = _vocab_map.pairs(self.op, self.vocab_map, self.student.shape[self.dim])
         like, *taught = (torch.empty(0, dtype=dtype, device=self.device) for dtype in self._dtypes())
         kind = {"pairs": self.pairs, "student_topk": self.student_topk}
-        self.term = term(self.op, self.impl, like, taught, self.rows, **kind)
+        self.term = term(self.impl, like, taught, self.rows, **kind)
 
     def _dtypes(self) -> list[torch.dtype]:
         """Of the logits that the kernels see: the student's, then those of every teacher."""

@@ -282,6 +282,7 @@ class Logits:
             ignore_index=ignore_index,
             shared=self.shared,
             reduce=reduction != "none",
+            op=op,
             overwrite=overwrite and self.may_overwrite(),
             **soft,
         )

@@ -12,8 +12,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from .. import _dispatch
-from .._rows import LogitRows, state_width
+from .._rows import LogitRows
+from ._arrangement import state_columns, term
 from ._logit_autograd import NO_SECOND_DERIVATIVE
 
 # The fields of LogitRows. A number that may vary by row is a pair: `x_rows`, or else `x`.
@@ -22,10 +22,11 @@ PROBLEM = """
     Tensor? alpha_rows, float alpha, Tensor? temperature_rows, float temperature,
     Tensor[] teacher_temperature_rows, float[] teacher_temperature, Tensor? teacher_weight_rows, float[] teacher_weight,
     Tensor? divisor_tensor, float? divisor, str divergence, float beta, bool scale_by_t2, float label_smoothing,
-    float z_loss, int ignore_index, SymInt shared, bool reduce, bool agreement, str op, str? impl
+    float z_loss, int ignore_index, SymInt shared, bool reduce, bool agreement, float label_weight, str op, str? impl
 """
 OPTIONS = (
     "divergence", "beta", "scale_by_t2", "label_smoothing", "z_loss", "ignore_index", "shared", "reduce", "agreement",
+    "label_weight", "op",
 )  # fmt: skip
 LIBRARY = torch.library.Library("fastkd", "DEF")
 LIBRARY.define(f"logit_forward({PROBLEM}) -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
@@ -35,9 +36,9 @@ LIBRARY.define(
 )
 
 
-def apply(rows: LogitRows, op: str, impl: str | None) -> tuple[Tensor, Tensor]:
+def apply(rows: LogitRows, impl: str | None) -> tuple[Tensor, Tensor]:
     """Loss and state, as LogitLoss.apply gives them."""
-    loss, state, _ = torch.ops.fastkd.logit_forward(*pack(rows), op, impl)
+    loss, state, _ = torch.ops.fastkd.logit_forward(*pack(rows), impl)
     return loss, state
 
 
@@ -100,27 +101,27 @@ def unpack(
 
 @torch.library.impl(LIBRARY, "logit_forward", "CompositeExplicitAutograd")
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *problem, op, impl = arguments
+    *problem, impl = arguments
     rows = unpack(*problem)
-    loss, state, scale = _dispatch.pick(op, impl, rows.student, rows.teachers).forward(rows)
+    loss, state, scale = term(impl, rows.student, rows.teachers, rows).forward(rows)
     return loss, state, state.new_full((), scale) if isinstance(scale, float) else scale
 
 
 @torch.library.impl(LIBRARY, "logit_backward", "CompositeExplicitAutograd")
 def _backward(grad_loss: Tensor, state: Tensor, scale: Tensor, *arguments: Any) -> Tensor:
-    *problem, op, impl = arguments
+    *problem, impl = arguments
     rows = unpack(*problem)
-    grad: Tensor = _dispatch.pick(op, impl, rows.student, rows.teachers).backward(rows, state, scale, grad_loss)
+    grad = term(impl, rows.student, rows.teachers, rows).backward(rows, state, scale, grad_loss)
     return grad.contiguous()  # as the fake one is, whatever alignment made a kernel choose
 
 
 @torch.library.register_fake("fastkd::logit_forward", lib=LIBRARY)
 def _fake_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    rows = unpack(*arguments[:-2])
+    rows = unpack(*arguments[:-1])
     wide = any(x.dtype == torch.float64 for x in (rows.student, *rows.teachers))
     dtype, n = torch.float64 if wide else torch.float32, rows.student.shape[0]
     empty = rows.student.new_empty
-    state = empty((n, state_width(len(rows.teachers))), dtype=torch.float64)
+    state = empty((n, state_columns(rows, len(rows.teachers))), dtype=torch.float64)
     return empty(() if rows.reduce else (n,), dtype=dtype), state, empty((), dtype=torch.float64)
 
 

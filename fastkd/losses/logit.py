@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 import torch
 from torch import Tensor
 
-from .. import _checks, _dispatch, _rows
+from .. import _checks, _rows
 from .._rows import DIVERGENCES, LogitRows
 from ..inputs import Head
-from . import _chunked_autograd, _chunked_operators, _logit_operators
-from ._arrangement import arrange, term
+from ._compute import compute
 from ._logit_arguments import Given, Logits, divergence_and_beta
-from ._logit_autograd import LogitLoss, Pending, lay
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -209,7 +207,7 @@ def kd_loss(
         agreement=return_parts,
         overwrite=overwrite_student,
     )
-    loss, state = _compute(logits, rows, impl, logits.best_of_student(student_topk, divergence))
+    loss, state = compute(logits, rows, impl, logits.best_of_student(student_topk, divergence))
     return (loss, _parts(logits, rows, state)) if return_parts else loss
 
 
@@ -258,7 +256,7 @@ def cross_entropy(
         agreement=False,
         overwrite=overwrite_student,
     )
-    return _compute(logits, rows, impl)[0]
+    return compute(logits, rows, impl)[0]
 
 
 class KDLoss(torch.nn.Module):
@@ -287,38 +285,6 @@ class KDLoss(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
-
-def _compute(
-    logits: Logits, rows: LogitRows, impl: str | None, student_topk: int | None = None
-) -> tuple[Tensor, Tensor]:
-    given = logits.teachers if logits.plain else arrange(logits, rows)
-    traced = torch.compiler.is_compiling() or not logits.lie_in_memory()
-    if logits.computed or (traced and not logits.plain):
-        apply = _chunked_operators.apply if traced else _chunked_autograd.apply
-        loss, state = apply(logits, rows, given, impl, student_topk)
-    else:
-        loss, state = _of_logits(logits, rows, given, impl, traced)  # type: ignore[arg-type]
-    return loss if rows.reduce or len(logits.shape) == 1 else loss.view(logits.shape), state
-
-
-def _of_logits(
-    logits: Logits, rows: LogitRows, teachers: tuple[Tensor, ...], impl: str | None, traced: bool
-) -> tuple[Tensor, Tensor]:
-    """Where all that has logits has them already."""
-    op, student = logits.op, logits.anchor
-    if traced:
-        lay(rows, student, teachers, logits.dim)
-        return _logit_operators.apply(rows, op, impl)
-    pending = Pending()
-    pending.rows, pending.dim = rows, logits.dim
-    pending.constants = [(x, x._version) for x in logits.constants if not x.is_inference()]
-    if logits.plain:
-        pending.implementation = _dispatch.pick(op, impl, student, teachers)
-    else:
-        pending.implementation = term(op, impl, student, [one.log_probs for one in rows.sparse], rows)
-    loss = LogitLoss.apply(student, teachers, pending)
-    return loss, pending.state
 
 
 def _parts(logits: Logits, rows: LogitRows, state: Tensor) -> LossParts:

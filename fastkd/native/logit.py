@@ -29,7 +29,7 @@ def forward(rows: LogitRows) -> tuple[Tensor, Tensor, float]:
         _logits(rows), numbers, reduction, divisor or 0.0, loss.data_ptr(), state.data_ptr()
     )
     if fault:
-        _refuse(_checks.operation(rows), rows, fault, scale)
+        _refuse(rows, fault, scale)
     return loss, state, scale
 
 
@@ -78,6 +78,8 @@ def _numbers(rows: LogitRows) -> tuple[float, ...]:
         rows.z_loss,
         rows.agreement,
         torch.get_num_threads(),
+        rows.without_target,
+        *(ZERO if rows.label_slope is None else _by_row(rows.label_slope)),
     )
     weights = rows.teacher_weight
     shares: Sequence[float | Tensor] = weights.unbind(1) if isinstance(weights, Tensor) else weights
@@ -86,7 +88,7 @@ def _numbers(rows: LogitRows) -> tuple[float, ...]:
     return numbers
 
 
-ONE = (0, 0, 1.0)
+ZERO, ONE = (0, 0, 0.0), (0, 0, 1.0)
 
 
 def _by_row(value: float | Tensor) -> tuple[int, int, float]:
@@ -104,9 +106,8 @@ def _nowhere(tensor: Tensor) -> int:
     return 0
 
 
-def _refuse(op: str, rows: LogitRows, fault: int, got: float) -> None:
+def _refuse(rows: LogitRows, fault: int, got: float) -> None:
     if fault == 1:
-        _checks.bad_id(op, rows.student.shape[1], rows.ignore_index, int(got))
-    _checks.bad_value(
-        op, "temperature" if fault == 2 else "teacher_temperature", "be positive and finite in every row", got
-    )
+        _checks.bad_id(rows.op, rows.student.shape[1], rows.ignore_index, int(got))
+    argument = "temperature" if fault == 2 else "teacher_temperature"
+    _checks.bad_value(rows.op, argument, "be positive and finite in every row", got)

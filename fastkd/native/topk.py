@@ -30,7 +30,7 @@ def gather(rows: LogitRows, indices: Tensor, best: Tensor | None) -> tuple[Tenso
         events.data_ptr(),
     )
     if fault:
-        _refuse(_topk_rows.OP, rows, fault, got)
+        _refuse(rows, fault, got)
     if reason := FAULTS[wrong]:
         _topk_rows.bad_id(reason, rows.shared, int(got))
     return state, events

@@ -134,6 +134,8 @@ def backward(rows: LogitRows, state: Tensor, scale: float | Tensor, grad_loss: T
     grad = torch.zeros(rows.student.shape, dtype=dtype, device=rows.student.device)
     for k in range(len(rows.teachers)):
         grad[:, : rows.shared] += _soft_gradient(rows, state, k, weight * (1 - alpha))
+    if rows.label_slope is not None:
+        grad[:, : rows.shared] += _label_gradient(rows, state, rows.label_slope.to(dtype).unsqueeze(-1))
     if rows.target is not None:
         grad += _hard_gradient(rows, state, weight * alpha)
     return rows.student.copy_(grad) if rows.overwrite else grad.to(rows.student.dtype)
@@ -181,15 +183,15 @@ def _hard_gradient(rows: LogitRows, state: Tensor, coefficient: Tensor) -> Tenso
 def _soft_term(rows: LogitRows, state: Tensor) -> None:
     dtype = state.dtype
     temperature = _temperature(rows.temperature, dtype)
-    student = rows.student[:, : rows.shared].to(dtype)
-    highest, logsum = _log_normaliser(student, temperature)
+    student = _compared(rows, rows.student, dtype)
+    highest, logsum = _soft_normaliser(rows, student, temperature)
     active = (state[:, _rows.WEIGHT] != 0).unsqueeze(-1) & (_column(rows.alpha, dtype) != 1)
     squared = temperature**2 if rows.scale_by_t2 else 1.0
     soft = torch.zeros_like(highest)
     for k, logits in enumerate(rows.teachers):
-        teacher, share = logits[:, : rows.shared].to(dtype), _share(rows, k, dtype)
+        teacher, share = _compared(rows, logits, dtype), _share(rows, k, dtype)
         teacher_temperature = _temperature(rows.teacher_temperature[k], dtype)
-        teacher_highest, teacher_logsum = _log_normaliser(teacher, teacher_temperature)
+        teacher_highest, teacher_logsum = _soft_normaliser(rows, teacher, teacher_temperature)
         if rows.divergence == "mse":
             value, omega = _mse(student, teacher)
         else:
@@ -200,7 +202,8 @@ def _soft_term(rows: LogitRows, state: Tensor) -> None:
         soft = soft + torch.where(share == 0, 0.0, share * squared * value)
         first = _rows.FIRST_TEACHER + _rows.TEACHER_COLUMNS * k
         columns = torch.cat([teacher_highest, teacher_logsum, omega], -1)
-        state[:, first : first + _rows.TEACHER_COLUMNS] = torch.where(active & (share != 0), columns, 0.0)
+        looked_at = active & ((share != 0) | rows.without_target)
+        state[:, first : first + _rows.TEACHER_COLUMNS] = torch.where(looked_at, columns, 0.0)
     columns = torch.cat([soft, highest, logsum], -1)
     state[:, _rows.SOFT : _rows.STUDENT_LOGSUM + 1] = torch.where(active, columns, 0.0)
 
@@ -213,8 +216,7 @@ def _soft_gradient(rows: LogitRows, state: Tensor, k: int, coefficient: Tensor) 
     temperature, teacher_temperature = (
         _temperature(value, dtype) for value in (rows.temperature, rows.teacher_temperature[k])
     )
-    student = rows.student[:, : rows.shared].to(dtype)
-    teacher = rows.teachers[k][:, : rows.shared].to(dtype)
+    student, teacher = _compared(rows, rows.student, dtype), _compared(rows, rows.teachers[k], dtype)
     if rows.divergence == "mse":
         grad = 2 * _difference(student, teacher) / omega
     else:
@@ -224,6 +226,32 @@ def _soft_gradient(rows: LogitRows, state: Tensor, k: int, coefficient: Tensor) 
         _, w = DIVERGENCES[rows.divergence](lp, lq, rows.beta)
         grad = (w - lq.exp() * omega) * (temperature if rows.scale_by_t2 else 1 / temperature)
     return torch.where((coefficient == 0) | (omega == INF), 0.0, coefficient * grad)
+
+
+def _label_gradient(rows: LogitRows, state: Tensor, slope: Tensor) -> Tensor:
+    """slope ([j = y] - q_j), with q over the others."""
+    student = _compared(rows, rows.student, state.dtype)
+    highest, logsum = _state(state, _rows.STUDENT_MAX), _state(state, _rows.STUDENT_LOGSUM)
+    q = ((student - highest) / _temperature(rows.temperature, state.dtype) - logsum).exp()
+    return torch.where(slope == 0, 0.0, slope * (_is_target(rows, student).to(state.dtype) - q))
+
+
+def _compared(rows: LogitRows, logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the soft term sees."""
+    logits = logits[:, : rows.shared].to(dtype)
+    return logits.masked_fill(_is_target(rows, logits), -INF) if rows.without_target else logits
+
+
+def _is_target(rows: LogitRows, logits: Tensor) -> Tensor:
+    assert rows.target is not None
+    return torch.arange(logits.shape[-1], device=logits.device) == rows.target.unsqueeze(-1)
+
+
+def _soft_normaliser(rows: LogitRows, logits: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    highest, logsum = _log_normaliser(logits, temperature)
+    if rows.without_target:
+        logsum = torch.where(_absent(logits).all(-1, keepdim=True), -INF, logsum)
+    return highest, logsum
 
 
 def _difference(student: Tensor, teacher: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from .logit import (
 def gather(rows: LogitRows, indices: Tensor, best: Tensor | None) -> tuple[Tensor, Tensor]:
     dtype, weight = _dtype(rows), _weight(rows, _dtype(rows))
     if rows.student.is_cpu:
-        _checks.row_data(rows, rows.student.shape[-1], _topk_rows.OP)
+        _checks.row_data(rows, rows.student.shape[-1])
         _topk_rows.refuse_wrong_ids(indices[weight != 0], rows.shared)
     state = rows.student.new_zeros((rows.student.shape[0], _rows.FIRST_TEACHER), dtype=dtype)
     state[:, _rows.WEIGHT] = weight

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .divergence_values import divergence_sums, merge_divergence
 from .divergences import TERMS, TWO_PASS
 from .row_gradients import row_gradient
-from .row_values import divergence_sums, merge_divergence, merge_statistics, statistics
+from .row_values import merge_statistics, statistics
 from .rows import (
     FIRST_TEACHER,
     INTERPRETED,
@@ -131,6 +132,7 @@ def _arguments(rows: Any) -> dict[str, Any]:
         "z_loss": float(rows.z_loss),
         "SQUARED": bool(rows.scale_by_t2),
         "HARD": _has_hard_term(rows),
+        "WITHOUT": bool(rows.without_target),
     }
 
 
@@ -140,7 +142,8 @@ def _has_hard_term(rows: Any) -> bool:
 
 def _same_softmax(rows: Any) -> bool:
     one = not isinstance(rows.temperature, Tensor) and rows.temperature == 1
-    return bool(rows.teachers) and _has_hard_term(rows) and one and rows.shared == rows.student.shape[1]
+    whole = rows.shared == rows.student.shape[1] and not rows.without_target
+    return bool(rows.teachers) and _has_hard_term(rows) and one and whole
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], plan: Grid | None, arguments: dict[str, Any]) -> None:
@@ -239,6 +242,7 @@ def backward(rows: Any, state: Tensor, scale: Tensor, grad_loss: Tensor) -> Tens
         "upstream": grad_loss,
         "upstream_stride": 0 if rows.reduce else grad_loss.stride(0),
         "scale": scale if rows.reduce else None,
+        "label_slope": _per_row(rows.label_slope),
         "beta": float(rows.beta),
         "rest": 1 - float(rows.beta),
         "KIND": SLOPES.get(rows.divergence, "h") if rows.teachers else "forward_kl",

@@ -21,6 +21,8 @@ from .rows import (
     TEACHER_COLUMNS,
     WEIGHT,
     aligned,
+    all_but,
+    but,
     cut,
     edge,
     first_logit,
@@ -33,6 +35,7 @@ from .rows import (
     number,
     offsets,
     part_of,
+    position_of,
     scales_of,
     shares_of,
     teacher_rows,
@@ -41,10 +44,13 @@ from .rows import (
 
 
 @triton.jit
-def teacher_side(columns, scale, factor, t, KIND: tl.constexpr, SQUARED: tl.constexpr):
+def teacher_side(columns, scale, factor, t, odds, KIND: tl.constexpr, SQUARED: tl.constexpr):
     """max, scale, log2 sum, omega, the factor of q (h - omega), and whether the term is there at all."""
     omega = tl.load(columns + 2).to(tl.float32)
     alive = (factor != 0) & (omega != float("inf"))
+    if len(odds) > 0:
+        factor = tl.where(omega == float("inf"), 0.0, factor)
+        alive = alive | (odds[1] != 0)
     if KIND == "mse":
         factor = 2 * factor / omega
     elif SQUARED:
@@ -108,11 +114,14 @@ def hard_slope(s, lq, hard, at, SAME: tl.constexpr):
 
 @triton.jit
 def write_slopes(
-    g, s, t, i, first, last, student, teachers, hard, beta, rest,
+    g, s, t, i, first, last, student, teachers, hard, odds, beta, rest,
     R: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, TERM: tl.constexpr,
     HARD: tl.constexpr, SAME: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the tiles at position i. In the loop every store but those at the edges is 16 bytes wide."""
+    others = s
+    if len(odds) > 0:
+        others, t = but(s, odds[0], i, R, K), all_but(t, odds[0], i, R, K)
     for u in tl.static_range(len(s)):
         at = i + u * R * K + offsets(R, K)
         slope = tl.zeros([R, K], tl.float32)
@@ -121,7 +130,9 @@ def write_slopes(
             tiles = ()
             for k in tl.static_range(len(teachers)):
                 tiles = tiles + (t[k][u],)
-            slope, lq = soft_slope(s[u], tiles, student, teachers, beta, rest, KIND, TERM)
+            slope, lq = soft_slope(others[u], tiles, student, teachers, beta, rest, KIND, TERM)
+            if len(odds) > 0:
+                slope = tl.where(at == odds[0], odds[1], tl.fma(tl.exp2(lq), -odds[1], slope))
         if HARD:
             slope += hard_slope(s[u], lq, hard, at, SAME)
         slope = narrow(slope, g.dtype.element_ty)
@@ -146,7 +157,7 @@ def student_side(saved, c, taught, hard, SAME: tl.constexpr):
 
 @triton.jit
 def gradient_sides(
-    saved, weight, row, shift, target, alpha, temperature, scales, shares, V, smoothing, z_loss,
+    saved, weight, row, shift, target, alpha, temperature, scales, shares, odds, V, smoothing, z_loss,
     KIND: tl.constexpr, SQUARED: tl.constexpr, HARD: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
     """Numbers of the student, the teachers and the hard term, and which logits are read.
@@ -164,7 +175,7 @@ def gradient_sides(
     for k in tl.static_range(len(shares)):
         factor = weight * (1 - alpha) * shares[k]
         columns = saved + FIRST_TEACHER + TEACHER_COLUMNS * k
-        side = teacher_side(columns, scales[k], factor, temperature, KIND, SQUARED)
+        side = teacher_side(columns, scales[k], factor, temperature, odds, KIND, SQUARED)
         teachers = teachers + (side,)
         present = present + (side[5],)
         taught = taught | side[5]
@@ -178,15 +189,16 @@ def gradient_sides(
 def row_gradient(
     gradient, gradient_stride, student, student_stride, teacher, teacher_stride, others, other_strides, target,
     alpha_rows, alpha, temperature_rows, temperature, teacher_temperature_rows, teacher_temperatures,
-    share_rows, shares, state, upstream, upstream_stride, scale,
+    share_rows, shares, state, upstream, upstream_stride, scale, label_slope,
     V, shared, chunk, smoothing, z_loss, beta, rest,
     KIND: tl.constexpr, TERM: tl.constexpr, SQUARED: tl.constexpr, HARD: tl.constexpr, SAME: tl.constexpr,
-    BEYOND: tl.constexpr, R: tl.constexpr, K: tl.constexpr, U: tl.constexpr,
+    BEYOND: tl.constexpr, WITHOUT: tl.constexpr, R: tl.constexpr, K: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
     """Kernel 3. The last rows come first: they are the ones that a forward pass left in the cache.
 
     A term whose factor is 0 is not read, so whatever stands there contributes exactly 0. The gradient may be written
-    over the student: every id is read and written by the same thread, in that order.
+    over the student: every id is read and written by the same thread, in that order. WITHOUT: the target is left out
+    of the soft term, and gets ``label_slope``, which the others lose.
     """
     TEACHERS: tl.constexpr = len(shares)
     row, part = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
@@ -201,11 +213,14 @@ def row_gradient(
     )
     if scale is not None:
         weight *= tl.load(scale).to(tl.float32)
+    odds = ()
+    if WITHOUT:
+        odds = (position_of(target, row, shift, V), number(label_slope, 0.0, row))
     pupil, teachers, hard, needed_beyond, needed, present = gradient_sides(
         saved, weight, row, shift, target, number(alpha_rows, alpha, row),
         temperature_of(temperature_rows, temperature, row),
         scales_of(teacher_temperature_rows, teacher_temperatures, row), shares_of(share_rows, shares, row),
-        V, smoothing, z_loss,
+        odds, V, smoothing, z_loss,
         KIND, SQUARED, HARD, SAME,
     )  # fmt: skip
 
@@ -216,12 +231,14 @@ def row_gradient(
             i = edge(e, first, tail, R, K)
             x = load_edge(s, i, first, last, R, K, needed)
             y = load_edges(t, i, first, last, R, K, present)
-            write_slopes(g, x, y, i, first, last, pupil, teachers, hard, beta, rest, R, K, KIND, TERM, HARD, SAME, True)
+            write_slopes(
+                g, x, y, i, first, last, pupil, teachers, hard, odds, beta, rest, R, K, KIND, TERM, HARD, SAME, True
+            )
         for i in tl.range(body, tail, R * K * U, num_stages=1):
             x = load_step(s, i, R, K, U, needed)
             y = load_steps(t, i, R, K, U, present)
             write_slopes(
-                g, x, y, i, first, last, pupil, teachers, hard, beta, rest, R, K, KIND, TERM, HARD, SAME, False
+                g, x, y, i, first, last, pupil, teachers, hard, odds, beta, rest, R, K, KIND, TERM, HARD, SAME, False
             )
 
     if BEYOND:
@@ -230,7 +247,7 @@ def row_gradient(
         for e in range(edges):
             i = edge(e, first, tail, R, K)
             x = load_edge(s, i, first, last, R, K, needed_beyond)
-            write_slopes(g, x, (), i, first, last, (), (), hard, beta, rest, R, K, KIND, TERM, HARD, False, True)
+            write_slopes(g, x, (), i, first, last, (), (), hard, (), beta, rest, R, K, KIND, TERM, HARD, False, True)
         for i in tl.range(body, tail, R * K * U, num_stages=1):
             x = load_step(s, i, R, K, U, needed_beyond)
-            write_slopes(g, x, (), i, first, last, (), (), hard, beta, rest, R, K, KIND, TERM, HARD, False, False)
+            write_slopes(g, x, (), i, first, last, (), (), hard, (), beta, rest, R, K, KIND, TERM, HARD, False, False)

@@ -1,9 +1,8 @@
 # ruff: noqa: RUF005, SIM108 - Triton knows no starred tuples, and takes a branch at compile time where it can.
-"""Kernels 1 and 2: what a row is worth. Each leaves the row's state and loss, or its parts' numbers to be merged.
+"""Kernel 1: what a row is worth. It leaves the row's state and loss, or its parts' numbers to be merged.
 
-1. ``statistics`` reads student and teachers once: normalisers, agreement, the hard term, and the value of every
-   divergence that one pass can give.
-2. ``divergence_sums`` reads them again for the divergences that need both normalisers first, and sums v, q h and q.
+``statistics`` reads student and teachers once: normalisers, agreement, the hard term, and the value of every divergence
+that one pass can give. The others take the kernel of ``divergence_values.py``.
 """
 
 from __future__ import annotations
@@ -29,6 +28,8 @@ from .rows import (
     TEACHER_PARTIALS,
     WEIGHT,
     aligned,
+    all_but,
+    but,
     cut,
     edge,
     first_logit,
@@ -39,6 +40,7 @@ from .rows import (
     misalignment,
     number,
     part_of,
+    position_of,
     scales_of,
     shares_of,
     teacher_rows,
@@ -80,11 +82,13 @@ def label_of(student, target, row, V):
 
 @triton.jit
 def see_both(
-    student, teachers, s, t, c, scales, pivot, i, first, last,
+    student, teachers, s, t, absent, c, scales, pivot, i, first, last,
     R: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr,
-    HARD: tl.constexpr, SMOOTH: tl.constexpr, AGREE: tl.constexpr, EDGE: tl.constexpr,
+    HARD: tl.constexpr, SMOOTH: tl.constexpr, AGREE: tl.constexpr, EDGE: tl.constexpr, WITHOUT: tl.constexpr,
 ):  # fmt: skip
     old = student
+    if WITHOUT:
+        s, t = but(s, absent, i, R, K), all_but(t, absent, i, R, K)
     student = see_student(student, s, c, pivot, i, first, last, R, K, True, HARD, SMOOTH, AGREE, EDGE)
     seen = ()
     for k in tl.static_range(len(teachers)):
@@ -103,13 +107,18 @@ def store_all(pointer, values):
 
 @triton.jit
 def conclude_hard(
-    saved, active, m, z, total, student_row, target, row, V, smoothing, z_loss, HARD: tl.constexpr, SMOOTH: tl.constexpr
-):
-    """The hard term and its columns of the state."""
+    saved, active, m, z, total, student_row, target, row, V, smoothing, z_loss,
+    HARD: tl.constexpr, SMOOTH: tl.constexpr, WITHOUT: tl.constexpr = False,
+):  # fmt: skip
+    """The hard term and its columns of the state. WITHOUT: the target is not among what was summed."""
     hard = tl.zeros([], tl.float32)
     highest, logsum = hard, hard
     if HARD:
         known, _, label_logit, pivot = label_of(student_row, target, row, V)
+        if WITHOUT:
+            top = tl.maximum(m, label_logit)
+            z = z * tl.exp2((m - top) * LOG2E) + tl.exp2((label_logit - top) * LOG2E)
+            m = top
         hard = hard_value(m, z, total, pivot, label_logit, V, smoothing, z_loss, SMOOTH)
         hard = tl.where(active, tl.where(known, hard, float("nan")), 0.0)
         highest, logsum = log_normaliser(m, z)
@@ -127,6 +136,7 @@ def conclude(
     row, weight, alpha, temperature, shares, student, teachers, student_row, target, state, loss,
     V, shift, smoothing, z_loss,
     KIND: tl.constexpr, SQUARED: tl.constexpr, HARD: tl.constexpr, SMOOTH: tl.constexpr, AGREE: tl.constexpr,
+    WITHOUT: tl.constexpr,
 ):  # fmt: skip
     """A row's state and, unless its divergence takes another pass, its loss, from its merged numbers."""
     TEACHERS: tl.constexpr = len(teachers)
@@ -136,12 +146,13 @@ def conclude(
     tl.store(saved + WEIGHT, weight)
 
     hard = conclude_hard(
-        saved, counts & (alpha != 0), m1, z1, total, student_row, target, row, V, smoothing, z_loss, HARD, SMOOTH
-    )
+        saved, counts & (alpha != 0), m1, z1, total, student_row, target, row, V, smoothing, z_loss,
+        HARD, SMOOTH, WITHOUT,
+    )  # fmt: skip
     soft = tl.zeros([], tl.float32)
     active = counts & (alpha != 1)
     if TEACHERS > 0:
-        highest, logsum = log_normaliser(ms, zs)
+        highest, logsum = log_normaliser(ms, zs, WITHOUT)
         tl.store(saved + STUDENT_MAX, tl.where(active, highest, 0.0))
         tl.store(saved + STUDENT_LOGSUM, tl.where(active, logsum, 0.0))
     else:
@@ -151,15 +162,16 @@ def conclude(
         mt, zt, sum_a, extent, _ = teachers[k]
         taught = active & (shares[k] != 0)
         columns = saved + FIRST_TEACHER + TEACHER_COLUMNS * k
-        highest, logsum = log_normaliser(mt, zt)
-        tl.store(columns, tl.where(taught, highest, 0.0))
-        tl.store(columns + 1, tl.where(taught, logsum, 0.0))
+        highest, logsum = log_normaliser(mt, zt, WITHOUT)
+        looked_at = active if WITHOUT else taught
+        tl.store(columns, tl.where(looked_at, highest, 0.0))
+        tl.store(columns + 1, tl.where(looked_at, logsum, 0.0))
         if KIND != "two_pass":
             value, omega = one_pass_value(ms, zs, mt, zt, sum_a, extent, KIND)
             if SQUARED:
                 value *= temperature * temperature
             soft += tl.where(taught, shares[k] * value, 0.0)
-            tl.store(columns + 2, tl.where(taught, omega, 0.0))
+            tl.store(columns + 2, tl.where(looked_at, omega, 0.0))
     if KIND != "two_pass":
         tl.store(saved + SOFT_TERM, soft)
         tl.store(loss + row, weight * (alpha * hard + (1 - alpha) * soft))
@@ -186,11 +198,12 @@ def statistics(
     share_rows, shares, state, loss, partials,
     V, shared, chunk, parts, ignore_index, smoothing, z_loss,
     KIND: tl.constexpr, SQUARED: tl.constexpr, HARD: tl.constexpr, SAME: tl.constexpr, BEYOND: tl.constexpr,
-    SMOOTH: tl.constexpr, AGREE: tl.constexpr, R: tl.constexpr, K: tl.constexpr, U: tl.constexpr,
+    SMOOTH: tl.constexpr, AGREE: tl.constexpr, WITHOUT: tl.constexpr, R: tl.constexpr, K: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
     """Kernel 1. SAME: the hard term's softmax is the soft term's (T = 1 and no id beyond the shared ones).
 
-    BEYOND: the student's ids from ``shared`` to V are read too, without a teacher.
+    BEYOND: the student's ids from ``shared`` to V are read too, without a teacher. WITHOUT: the target is left out of
+    the soft term.
     """
     TEACHERS: tl.constexpr = len(shares)
     row, part = tl.program_id(0), tl.program_id(1)
@@ -209,6 +222,9 @@ def statistics(
     running = no_student(R)
     soft = (tl.zeros([], tl.float32), tl.zeros([], tl.float32))
     summaries = ()
+    absent = -1
+    if WITHOUT:
+        absent = position_of(target, row, shift, V)
 
     if TEACHERS > 0:
         teachers = no_teachers(TEACHERS, R, KIND)
@@ -218,13 +234,13 @@ def statistics(
             i = edge(e, first, tail, R, K)
             tiles = load_edge(s, i, first, last, R, K)
             running, teachers = see_both(
-                running, teachers, tiles, load_edges(t, i, first, last, R, K), c, scales, pivot,
-                i, first, last, R, K, KIND, HARD and not SAME, SMOOTH, AGREE, True,
+                running, teachers, tiles, load_edges(t, i, first, last, R, K), absent, c, scales, pivot,
+                i, first, last, R, K, KIND, HARD and not SAME, SMOOTH, AGREE, True, WITHOUT,
             )  # fmt: skip
         for i in tl.range(body, tail, R * K * U, num_stages=1):
             running, teachers = see_both(
-                running, teachers, load_step(s, i, R, K, U), load_steps(t, i, R, K, U), c, scales, pivot,
-                i, first, last, R, K, KIND, HARD and not SAME, SMOOTH, AGREE, False,
+                running, teachers, load_step(s, i, R, K, U), load_steps(t, i, R, K, U), absent, c, scales, pivot,
+                i, first, last, R, K, KIND, HARD and not SAME, SMOOTH, AGREE, False, WITHOUT,
             )  # fmt: skip
         for k in tl.static_range(TEACHERS):
             summaries = summaries + (merged_teacher(teachers[k], scales[k], running[0], c, KIND),)
@@ -251,7 +267,7 @@ def statistics(
         conclude(
             row, weight, number(alpha_rows, alpha, row), temperature_of(temperature_rows, temperature, row),
             shares_of(share_rows, shares, row), summary, summaries, student_row, target, state, loss, V, shift,
-            smoothing, z_loss, KIND, SQUARED, HARD, SMOOTH, AGREE,
+            smoothing, z_loss, KIND, SQUARED, HARD, SMOOTH, AGREE, WITHOUT,
         )  # fmt: skip
     else:
         place = partials + (row.to(tl.int64) * parts + part) * (STUDENT_PARTIALS + TEACHER_PARTIALS * TEACHERS)
@@ -272,7 +288,7 @@ def merge_statistics(
     alpha_rows, alpha, temperature_rows, temperature, teacher_temperature_rows, teacher_temperatures,
     share_rows, shares, state, loss, partials, V, parts, ignore_index, smoothing, z_loss,
     KIND: tl.constexpr, SQUARED: tl.constexpr, HARD: tl.constexpr, SMOOTH: tl.constexpr, AGREE: tl.constexpr,
-    K: tl.constexpr, MAX: tl.constexpr,
+    WITHOUT: tl.constexpr, K: tl.constexpr, MAX: tl.constexpr,
 ):  # fmt: skip
     """The parts of a row, as kernel 1 left them, merged by the rule that merged its threads."""
     TEACHERS: tl.constexpr = len(shares)
@@ -305,121 +321,5 @@ def merge_statistics(
     conclude(
         row, weight, number(alpha_rows, alpha, row), temperature_of(temperature_rows, temperature, row),
         shares_of(share_rows, shares, row), summary, summaries, student_row, target, state, loss,
-        V, misalignment(student_row, K), smoothing, z_loss, KIND, SQUARED, HARD, SMOOTH, AGREE,
+        V, misalignment(student_row, K), smoothing, z_loss, KIND, SQUARED, HARD, SMOOTH, AGREE, WITHOUT,
     )  # fmt: skip
-
-
-@triton.jit
-def add_sums(sums, s, t, student, teachers, beta, rest, TERM: tl.constexpr):
-    """Adds v, q h and q of a step to each teacher's sums; ``student`` and ``teachers`` are max, scale, log2 sum."""
-    added = ()
-    for k in tl.static_range(len(teachers)):
-        values, slopes, mass = sums[k]
-        for u in tl.static_range(len(s)):
-            lp = tl.fma(t[k][u] - teachers[k][0], teachers[k][1], -teachers[k][2])
-            lq = tl.fma(s[u] - student[0], student[1], -student[2])
-            v, h, q = TERM(lp, lq, beta, rest)
-            values += tl.sum(v, axis=1)
-            slopes += tl.sum(q * h, axis=1)
-            mass += tl.sum(q, axis=1)
-        added = added + ((values, slopes, mass),)
-    return added
-
-
-@triton.jit
-def wide_sum(x):
-    return tl.sum(x.to(tl.float64), axis=0)
-
-
-@triton.jit
-def conclude_divergence(row, saved, sums, alpha, temperature, shares, loss, SQUARED: tl.constexpr):
-    """Omegas, the soft term and the row's loss from the sums of v, q h and q."""
-    TEACHERS: tl.constexpr = len(sums)
-    weight = tl.load(saved + WEIGHT).to(tl.float32)
-    active = (weight != 0) & (alpha != 1)
-    soft = tl.zeros([], tl.float32)
-    for k in tl.static_range(TEACHERS):
-        value, slope, mass = sums[k]
-        omega = tl.where(value == float("inf"), value, slope / mass)
-        if SQUARED:
-            value *= temperature * temperature
-        taught = active & (shares[k] != 0)
-        soft += tl.where(taught, shares[k] * value, 0.0).to(tl.float32)
-        tl.store(saved + FIRST_TEACHER + TEACHER_COLUMNS * k + 2, tl.where(taught, omega, 0.0))
-    tl.store(saved + SOFT_TERM, soft)
-    tl.store(loss + row, weight * (alpha * tl.load(saved + HARD_TERM).to(tl.float32) + (1 - alpha) * soft))
-
-
-@triton.jit(**FREE)
-def divergence_sums(
-    student, student_stride, teacher, teacher_stride, others, other_strides,
-    alpha_rows, alpha, temperature_rows, temperature, teacher_temperature_rows, teacher_temperatures,
-    share_rows, shares, state, loss, partials, shared, chunk, parts, beta, rest,
-    TERM: tl.constexpr, SQUARED: tl.constexpr, R: tl.constexpr, K: tl.constexpr, U: tl.constexpr,
-):  # fmt: skip
-    """Kernel 2."""
-    TEACHERS: tl.constexpr = len(shares)
-    row, part = tl.program_id(0), tl.program_id(1)
-    saved = state + row.to(tl.int64) * (FIRST_TEACHER + TEACHER_COLUMNS * TEACHERS)
-    student_row = first_logit(student, row, student_stride)
-    shift = misalignment(student_row, K)
-    s = aligned(student_row, shift, K)
-    t = teacher_rows(teacher, teacher_stride, others, other_strides, row, shift, K)
-    scales = scales_of(teacher_temperature_rows, teacher_temperatures, row)
-    c = LOG2E / temperature_of(temperature_rows, temperature, row)
-    student_side = (
-        tl.load(saved + STUDENT_MAX).to(tl.float32),
-        c,
-        (tl.load(saved + STUDENT_LOGSUM) * LOG2E).to(tl.float32),
-    )
-    teacher_sides = ()
-    sums = ()
-    for k in tl.static_range(TEACHERS):
-        columns = saved + FIRST_TEACHER + TEACHER_COLUMNS * k
-        teacher_sides = teacher_sides + (
-            (tl.load(columns).to(tl.float32), scales[k], (tl.load(columns + 1) * LOG2E).to(tl.float32)),
-        )
-        zero = tl.zeros([R], tl.float32)
-        sums = sums + ((zero, zero, zero),)
-
-    needed = (tl.load(saved + WEIGHT).to(tl.float32) != 0) & (number(alpha_rows, alpha, row) != 1)
-    first, last = part_of(part, chunk, shift, shift + shared * needed.to(tl.int32))
-    body, tail, edges = cut(first, last, R, K, U)
-    for e in range(edges):
-        i = edge(e, first, tail, R, K)
-        tiles = load_edge(s, i, first, last, R, K)
-        sums = add_sums(sums, tiles, load_edges(t, i, first, last, R, K), student_side, teacher_sides, beta, rest, TERM)
-    for i in tl.range(body, tail, R * K * U, num_stages=1):
-        tiles = load_step(s, i, R, K, U)
-        sums = add_sums(sums, tiles, load_steps(t, i, R, K, U), student_side, teacher_sides, beta, rest, TERM)
-
-    totals = ()
-    for k in tl.static_range(TEACHERS):
-        totals = totals + ((wide_sum(sums[k][0]), wide_sum(sums[k][1]), wide_sum(sums[k][2])),)
-    if partials is None:
-        conclude_divergence(
-    row, saved, totals, number(alpha_rows, alpha, row), temperature_of(temperature_rows, temperature, row),
-    shares_of(share_rows, shares, row), loss, SQUARED,
-)  # fmt: skip
-    else:
-        for k in tl.static_range(TEACHERS):
-            store_all(partials + ((row.to(tl.int64) * parts + part) * TEACHERS + k) * 3, totals[k])
-
-
-@triton.jit(**FREE)
-def merge_divergence(
-    alpha_rows, alpha, temperature_rows, temperature, share_rows, shares, state, loss, partials, parts,
-    TEACHERS: tl.constexpr, SQUARED: tl.constexpr, MAX: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0)
-    sums = ()
-    for k in tl.static_range(TEACHERS):
-        values = tl.sum(load_parts(partials, row, parts, 3 * k, 3 * TEACHERS, 0.0, MAX), axis=0)
-        slopes = tl.sum(load_parts(partials, row, parts, 3 * k + 1, 3 * TEACHERS, 0.0, MAX), axis=0)
-        mass = tl.sum(load_parts(partials, row, parts, 3 * k + 2, 3 * TEACHERS, 0.0, MAX), axis=0)
-        sums = sums + ((values, slopes, mass),)
-    saved = state + row.to(tl.int64) * (FIRST_TEACHER + TEACHER_COLUMNS * TEACHERS)
-    conclude_divergence(
-    row, saved, sums, number(alpha_rows, alpha, row), temperature_of(temperature_rows, temperature, row),
-    shares_of(share_rows, shares, row), loss, SQUARED,
-)  # fmt: skip

@@ -54,7 +54,7 @@ FREE = {
     ],
     "do_not_specialize_on_alignment": [
         "student", "teacher", "target", "row_weight", "state", "loss", "partials", "gradient", "upstream", "scale",
-        "alpha_rows", "temperature_rows", "share_rows",
+        "alpha_rows", "temperature_rows", "share_rows", "label_slope",
         "indices", "favourite", "marks", "wrong", "events", "slopes", "values", "spoilt",
     ],
 }  # fmt: skip
@@ -242,6 +242,30 @@ def load_step(p, i, R: tl.constexpr, K: tl.constexpr, U: tl.constexpr, present=N
             x = tl.load(at, mask=groups[:, None], other=0.0)
         tiles = tiles + (x.to(tl.float32),)
     return tiles
+
+
+@triton.jit
+def but(tiles, at, i, R: tl.constexpr, K: tl.constexpr):
+    """The tiles at position i with -inf at the position ``at``: probability 0."""
+    others = ()
+    for u in tl.static_range(len(tiles)):
+        others = others + (tl.where(i + u * R * K + offsets(R, K) == at, -float("inf"), tiles[u]),)
+    return others
+
+
+@triton.jit
+def all_but(rows, at, i, R: tl.constexpr, K: tl.constexpr):
+    others = ()
+    for k in tl.static_range(len(rows)):
+        others = others + (but(rows[k], at, i, R, K),)
+    return others
+
+
+@triton.jit
+def position_of(target, row, shift, V):
+    """Of the row's target; -1 for an id that there is not."""
+    label = tl.load(target + row)
+    return tl.where((label >= 0) & (label < V), label + shift, -1).to(tl.int32)
 
 
 @triton.jit

@@ -168,9 +168,13 @@ def merged_teacher(teacher, c, student_m, student_c, KIND: tl.constexpr):
 
 
 @triton.jit
-def log_normaliser(m, z):
-    """max and log-sum as they are kept: a row without a finite logit has maximum -inf and log-sum NaN."""
-    return tl.where(z == 0, -float("inf"), m), tl.where(z == 0, float("nan"), tl.log(z))
+def log_normaliser(m, z, WITHOUT: tl.constexpr = False):
+    """max and log-sum as they are kept: a row without a finite logit has maximum -inf and log-sum NaN.
+
+    WITHOUT: that is no such row if only its target is finite, and the log-sum is -inf.
+    """
+    nothing = -float("inf") if WITHOUT else float("nan")
+    return tl.where(z == 0, -float("inf"), m), tl.where(z == 0, nothing, tl.log(z))
 
 
 @triton.jit

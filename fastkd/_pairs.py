@@ -1,0 +1,90 @@
+r"""What losses on the distances of all pairs of rows have in common, whoever computes them.
+
+With Q (N, N) the squared distances of the rows x_i of one batch, such a loss is a function of the student's Q and the
+teacher's, and its gradient goes through Q alone::
+
+    T = P + P',  P_ij = d loss / d Q_ij         d loss / d x_i = 2 sum_j T_ij (x_i - x_j)
+
+An implementation has three pieces, and :func:`loss_of` puts them together. Everything is float64:
+
+``squares``   x (N, D) -> Q (N, N), symmetric, with zeros on the diagonal. Of each Q_ij, however small, the relative error
+              is that of a sum of squared differences: |x_i|^2 + |x_j|^2 - 2 x_i . x_j has no digits left for close rows.
+``pairs``     Q of the student, Q of the teacher, delta -> the sum of the loss's terms (N^2 of them for distances, N^3 for
+              angles) and T of that sum. They take rows for coincident where Q_ij <= COINCIDENT^2 sum_kl Q_kl / (N (N - 1)):
+              there the distance and the direction are 0, and so is what would be divided by the distance.
+``pull``      T (N, N), x (N, D) -> sum_j T_ij (x_i - x_j), (N, D). The diagonal of T says nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ._features import Features, Result, kept, result_dtype
+
+COINCIDENT = 1e-6  # closer rows, as a share of the root mean square of the batch's distances
+SHORTEST = 1e-12  # a shorter row is a row of zeros, where rows are normalised
+NARROW = ("mps",)  # devices that have no float64
+
+Squares = Callable[[Tensor], Tensor]
+Pairs = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+Pull = Callable[[Tensor, Tensor], Tensor]
+
+
+def loss_of(
+    squares: Squares,
+    pairs: Pairs,
+    pull: Pull,
+    student: Features,
+    teacher: Features,
+    gradient: bool,
+    *,
+    terms: int,
+    delta: float,
+    normalize_rows: float,
+) -> Result:
+    """The sum over ``terms``, divided by their number; and its gradient."""
+    dtype = result_dtype(student, teacher)
+    x = widen(student.tensor)
+    units, lengths = unit_rows(x) if normalize_rows else (x, None)
+    of_teacher = _of_unit_rows(squares) if normalize_rows else _of_rows(squares)
+    total, slopes = pairs(squares(units), of_teacher(teacher), delta)
+    loss = (total / max(1, terms)).to(dtype)
+    if not gradient:
+        return loss, None
+    slope = pull(slopes, units).mul_(2 / max(1, terms))
+    return loss, (slope if lengths is None else through_unit_rows(slope, units, lengths)).to(dtype)
+
+
+def _of_rows(squares: Squares) -> Callable[[Features], Tensor]:
+    """Whoever computes them first: all give the same matrix."""
+
+    def squared_distances(teacher: Tensor) -> Tensor:
+        return squares(widen(teacher))
+
+    return kept(squared_distances)
+
+
+def _of_unit_rows(squares: Squares) -> Callable[[Features], Tensor]:
+    def squared_distances_of_unit_rows(teacher: Tensor) -> Tensor:
+        return squares(unit_rows(widen(teacher))[0])
+
+    return kept(squared_distances_of_unit_rows)
+
+
+def widen(tensor: Tensor) -> Tensor:
+    return (tensor.float() if tensor.device.type in NARROW else tensor.double()).contiguous()
+
+
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of length 1, or 0 for those that are too short, and the lengths (inf for these)."""
+    lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    lengths = torch.where(lengths < SHORTEST, torch.inf, lengths)
+    return torch.where(lengths == torch.inf, 0.0, x / lengths), lengths
+
+
+def through_unit_rows(slope: Tensor, units: Tensor, lengths: Tensor) -> Tensor:
+    """From the gradient of the unit rows to that of the rows."""
+    return (slope - units * (units * slope).sum(-1, keepdim=True)) / lengths

@@ -14,8 +14,16 @@ def value_and_gradient(formula: Callable[[Tensor], Tensor], student: Tensor, gra
     """``student`` in the dtype of the computation."""
     if not gradient:
         return formula(student), None
-    with torch.enable_grad():
+    with torch.enable_grad(), _differentiating():
         leaf = student.detach().requires_grad_()
         loss = formula(leaf)
         (slope,) = torch.autograd.grad(loss, leaf)
     return loss.detach(), slope
+
+
+def _differentiating() -> torch._C._ForceDispatchKeyGuard:
+    """In an operator of a traced program, where torch leaves autograd out, as elsewhere."""
+    included, excluded = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    return torch._C._ForceDispatchKeyGuard(included, excluded)

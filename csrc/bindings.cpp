@@ -4,6 +4,7 @@
 #include "cpu/attention_rows.h"
 #include "cpu/isa.h"
 #include "cpu/logit_rows.h"
+#include "cpu/pairs_matrix.h"
 #include "cpu/topk_rows.h"
 #ifdef FASTKD_WITH_CUDA
 #include "cuda/device.h"
@@ -172,6 +173,26 @@ void backward_attention(const py::tuple& numbers, Address state, Address grad_lo
                        queries, keys, same);
 }
 
+// `y` is 0 for the rows of x themselves.
+void squares(Address x, int64_t n, Address y, int64_t m, int64_t width, int threads, Address out) {
+    const py::gil_scoped_release release;
+    pair_squares(reinterpret_cast<const double*>(x), n, reinterpret_cast<const double*>(y), m, width, threads,
+                 reinterpret_cast<double*>(out));
+}
+
+void pull(Address w, Address x, int64_t n, Address y, int64_t m, int64_t width, int threads, Address out) {
+    const py::gil_scoped_release release;
+    pair_pull(reinterpret_cast<const double*>(w), reinterpret_cast<const double*>(x), n, reinterpret_cast<const double*>(y), m,
+              width, threads, reinterpret_cast<double*>(out));
+}
+
+template <double (*loss)(const double*, const double*, int64_t, double, int, double*)>
+double pair_loss(Address student, Address teacher, int64_t n, double delta, int threads, Address slopes) {
+    const py::gil_scoped_release release;
+    return loss(reinterpret_cast<const double*>(student), reinterpret_cast<const double*>(teacher), n, delta, threads,
+                reinterpret_cast<double*>(slopes));
+}
+
 }  // namespace
 }  // namespace fastkd
 
@@ -185,6 +206,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("topk_scatter", &scatter);
     m.def("attention_forward", &forward_attention);
     m.def("attention_backward", &backward_attention);
+    m.def("pair_squares", &squares);
+    m.def("pair_pull", &pull);
+    m.def("pair_distance_loss", &pair_loss<&pair_distance_loss>);
+    m.def("pair_angle_loss", &pair_loss<&pair_angle_loss>);
 #ifdef FASTKD_WITH_CUDA
     m.attr("cuda_architectures") = FASTKD_WITH_CUDA;
     m.def("cuda_device_count", &cuda_device_count);

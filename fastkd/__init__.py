@@ -7,6 +7,7 @@ from .losses.attention import AttentionKLLoss, MiniLMLoss, attention_kl_loss, mi
 from .losses.decoupled import dkd_loss, nkd_loss
 from .losses.logit import KDLoss, LossParts, cross_entropy, kd_loss
 from .losses.relation import cka_loss, cosine_relation_loss, gram_loss, prepare_teacher, similarity_preserving_loss
+from .losses.rkd import rkd_angle_loss, rkd_distance_loss
 
 __version__ = "0.1.0"
 
@@ -29,6 +30,8 @@ __all__ = [
     "minilm_loss",
     "nkd_loss",
     "prepare_teacher",
+    "rkd_angle_loss",
+    "rkd_distance_loss",
     "set_workspace",
     "similarity_preserving_loss",
 ]

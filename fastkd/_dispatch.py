@@ -44,6 +44,8 @@ OPERATIONS = {
     "similarity_preserving_loss": "gram",
     "cka_loss": "gram",
     "attention_kl_loss": "attention",
+    "rkd_distance_loss": "rkd",
+    "rkd_angle_loss": "rkd",
 }
 ANYWHERE = ("algebra", "reference")  # made of torch's operations: no device and no dtype is refused
 LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))

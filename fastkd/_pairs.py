@@ -7,11 +7,11 @@ teacher's, and its gradient goes through Q alone::
 
 An implementation has three pieces, and :func:`loss_of` puts them together. Everything is float64:
 
-``squares``   x (N, D) -> Q (N, N), symmetric, with zeros on the diagonal. Of each Q_ij, however small, the relative error
-              is that of a sum of squared differences: |x_i|^2 + |x_j|^2 - 2 x_i . x_j has no digits left for close rows.
-``pairs``     Q of the student, Q of the teacher, delta -> the sum of the loss's terms (N^2 of them for distances, N^3 for
-              angles) and T of that sum. They take rows for coincident where Q_ij <= COINCIDENT^2 sum_kl Q_kl / (N (N - 1)):
-              there the distance and the direction are 0, and so is what would be divided by the distance.
+``squares``   x (N, D) -> Q (N, N), symmetric, 0 on the diagonal. Each, however small, has the relative error of a sum
+              of squared differences: |x_i|^2 + |x_j|^2 - 2 x_i . x_j has no digits left for close rows.
+``pairs``     Q of the student, Q of the teacher, delta -> the sum of the loss's terms (N^2 for distances, N^3 for
+              angles), 0-dim, and T of that sum. Rows with Q_ij <= COINCIDENT^2 sum_kl Q_kl / (N (N - 1)) are
+              coincident: their distance and direction are 0, and so is what would be divided by the distance.
 ``pull``      T (N, N), x (N, D) -> sum_j T_ij (x_i - x_j), (N, D). The diagonal of T says nothing.
 """
 
@@ -41,20 +41,22 @@ def loss_of(
     teacher: Features,
     gradient: bool,
     *,
-    terms: int,
+    power: int,
+    reduction: str,
     delta: float,
     normalize_rows: float,
 ) -> Result:
-    """The sum over ``terms``, divided by their number; and its gradient."""
+    """The loss, of N to the ``power`` terms, and its gradient."""
     dtype = result_dtype(student, teacher)
     x = widen(student.tensor)
     units, lengths = unit_rows(x) if normalize_rows else (x, None)
     of_teacher = _of_unit_rows(squares) if normalize_rows else _of_rows(squares)
     total, slopes = pairs(squares(units), of_teacher(teacher), delta)
-    loss = (total / max(1, terms)).to(dtype)
+    terms = 1 if reduction == "sum" else max(1, len(x)) ** power
+    loss = (total / terms).to(dtype)
     if not gradient:
         return loss, None
-    slope = pull(slopes, units).mul_(2 / max(1, terms))
+    slope = pull(slopes, units).mul_(2 / terms)
     return loss, (slope if lengths is None else through_unit_rows(slope, units, lengths)).to(dtype)
 
 
@@ -81,8 +83,8 @@ def widen(tensor: Tensor) -> Tensor:
 def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of length 1, or 0 for those that are too short, and the lengths (inf for these)."""
     lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    lengths = torch.where(lengths < SHORTEST, torch.inf, lengths)
-    return torch.where(lengths == torch.inf, 0.0, x / lengths), lengths
+    short = lengths < SHORTEST
+    return torch.where(short, 0.0, x / lengths), torch.where(short, torch.inf, lengths)
 
 
 def through_unit_rows(slope: Tensor, units: Tensor, lengths: Tensor) -> Tensor:

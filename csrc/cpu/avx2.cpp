@@ -1,6 +1,7 @@
 #include "attention-inl.h"
 #include "isa.h"
 #include "logit-inl.h"
+#include "pairs-inl.h"
 #include "topk-inl.h"
 
 namespace fastkd {
@@ -15,6 +16,7 @@ const InstructionSet avx2 = {
     {statistics, divergence, gradient, unmatched, best},
     {topk_statistics, topk_gradient},
     {kLanes, kRows, W, pack, attention_statistics, attention_gradient, write_row},
+    {squares, pull, kPull, distances, distance_row, distance_slopes, angles},
 };
 
 }  // namespace fastkd

@@ -3,6 +3,7 @@
 #pragma once
 #include "attention.h"
 #include "logit.h"
+#include "pairs.h"
 #include "topk.h"
 
 namespace fastkd {
@@ -13,6 +14,7 @@ struct InstructionSet {
     LogitKernels logit;
     TopKKernels topk;
     AttentionKernels attention;
+    PairKernels pairs;
 };
 
 extern const InstructionSet generic;

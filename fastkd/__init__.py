@@ -6,6 +6,7 @@ from .inputs import Expected, Head, TopK
 from .losses.attention import AttentionKLLoss, MiniLMLoss, attention_kl_loss, minilm_loss
 from .losses.decoupled import dkd_loss, nkd_loss
 from .losses.logit import KDLoss, LossParts, cross_entropy, kd_loss
+from .losses.pairwise import pairwise_cosine, pairwise_distance
 from .losses.relation import cka_loss, cosine_relation_loss, gram_loss, prepare_teacher, similarity_preserving_loss
 from .losses.rkd import rkd_angle_loss, rkd_distance_loss
 
@@ -29,6 +30,8 @@ __all__ = [
     "kd_loss",
     "minilm_loss",
     "nkd_loss",
+    "pairwise_cosine",
+    "pairwise_distance",
     "prepare_teacher",
     "rkd_angle_loss",
     "rkd_distance_loss",

@@ -44,6 +44,8 @@ OPERATIONS = {
     "similarity_preserving_loss": "gram",
     "cka_loss": "gram",
     "attention_kl_loss": "attention",
+    "pairwise_distance": "distance",
+    "pairwise_cosine": "cosine",
     "rkd_distance_loss": "rkd",
     "rkd_angle_loss": "rkd",
 }

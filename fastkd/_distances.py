@@ -26,7 +26,7 @@ def squares(x: Tensor, y: Tensor | None = None) -> Tensor:
         return torch.cdist(x, x if y is None else y, compute_mode=DIRECT).square()
     x, other = _centred(x, y)
     scale = _scale(x, other)
-    result = _products(x) if y is None else x @ other.T
+    result = products(x) if y is None else x @ other.T
     result.mul_(-2).add_(scale)
     for rows, columns in _pairs(result < CLOSE * scale, x.shape[1]):
         result[rows, columns] = (x[rows] - other[columns]).square().sum(-1)
@@ -50,6 +50,17 @@ def pull(weights: Tensor, x: Tensor, y: Tensor | None = None, squares: Tensor | 
     return result
 
 
+def products(x: Tensor) -> Tensor:
+    """x x', of which the blocks below the diagonal are copies."""
+    n = x.shape[0]
+    result = x.new_empty(n, n)
+    for start in range(0, n, BLOCK):
+        rows = slice(start, start + BLOCK)
+        torch.mm(x[rows], x[start:].T, out=result[rows, start:])
+        result[start + BLOCK :, rows] = result[rows, start + BLOCK :].T
+    return result
+
+
 def _centred(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     centre = x.mean(0) if y is None else (x.mean(0) + y.mean(0)) / 2
     centre = torch.where(centre.isfinite(), centre, 0)  # a row that is not finite says nothing about the others
@@ -60,17 +71,6 @@ def _centred(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
 def _scale(x: Tensor, y: Tensor) -> Tensor:
     lengths = x.square().sum(1, keepdim=True)
     return lengths + (lengths if y is x else y.square().sum(1, keepdim=True)).T
-
-
-def _products(x: Tensor) -> Tensor:
-    """x x', of which the blocks below the diagonal are copies."""
-    n = x.shape[0]
-    result = x.new_empty(n, n)
-    for start in range(0, n, BLOCK):
-        rows = slice(start, start + BLOCK)
-        torch.mm(x[rows], x[start:].T, out=result[rows, start:])
-        result[start + BLOCK :, rows] = result[rows, start + BLOCK :].T
-    return result
 
 
 def _pairs(mask: Tensor, width: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -60,6 +60,7 @@ def rkd_distance_loss(
     Source: Park et al., Relational Knowledge Distillation, CVPR 2019, arXiv 1904.05068; their weight is 25.
 
     Example:
+        >>> import torch
         >>> rkd_distance_loss(torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([[0.0], [10.0], [20.0]]))
         tensor(0.0139)
     """
@@ -109,6 +110,7 @@ def rkd_angle_loss(
     Source: Park et al., Relational Knowledge Distillation, CVPR 2019, arXiv 1904.05068; their weight is 50.
 
     Example:
+        >>> import torch
         >>> rkd_angle_loss(torch.tensor([[0.0, 0], [1, 0], [0, 1]]), torch.tensor([[0.0, 0], [1, 0], [2, 0]]))
         tensor(0.1296)
     """

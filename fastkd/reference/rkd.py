@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from .._features import Features, Result, result_dtype
-from .._pairs import COINCIDENT, SHORTEST
+from .._pairs import COINCIDENT
 from ._gradient import value_and_gradient
+from ._scale import power_of_two
+from .cosine import unit_rows
 
 
 def rkd_distance_loss(student: Features, teacher: Features, gradient: bool, **options: Any) -> Result:
@@ -59,15 +61,8 @@ def _loss(
 
 
 def _scaled(x: Tensor, normalize_rows: bool) -> Tensor:
-    """Neither loss depends on the scale of all rows; by this power of 2 no square leaves the range of float32."""
-    largest = x.detach().abs().amax() if x.numel() else x.new_ones(())
-    scale = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 1)
-    x = x / scale
-    if not normalize_rows:
-        return x
-    lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    short = lengths * scale < SHORTEST
-    return torch.where(short, 0.0, x / torch.where(short, 1.0, lengths))
+    """Neither loss depends on the scale of all rows."""
+    return unit_rows(x) if normalize_rows else x / power_of_two(x)
 
 
 def _differences(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from .losses.logit import KDLoss, LossParts, cross_entropy, kd_loss
 from .losses.pairwise import pairwise_cosine, pairwise_distance
 from .losses.relation import cka_loss, cosine_relation_loss, gram_loss, prepare_teacher, similarity_preserving_loss
 from .losses.rkd import rkd_angle_loss, rkd_distance_loss
+from .losses.similarity import correlation_congruence_loss, pkt_loss
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "TopK",
     "attention_kl_loss",
     "cka_loss",
+    "correlation_congruence_loss",
     "cosine_relation_loss",
     "cross_entropy",
     "dkd_loss",
@@ -32,6 +34,7 @@ __all__ = [
     "nkd_loss",
     "pairwise_cosine",
     "pairwise_distance",
+    "pkt_loss",
     "prepare_teacher",
     "rkd_angle_loss",
     "rkd_distance_loss",

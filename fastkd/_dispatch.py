@@ -48,6 +48,8 @@ OPERATIONS = {
     "pairwise_cosine": "cosine",
     "rkd_distance_loss": "rkd",
     "rkd_angle_loss": "rkd",
+    "pkt_loss": "similarity",
+    "correlation_congruence_loss": "similarity",
 }
 ANYWHERE = ("algebra", "reference")  # made of torch's operations: no device and no dtype is refused
 LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))

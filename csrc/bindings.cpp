@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/attention_rows.h"
+#include "cpu/feature_rows.h"
 #include "cpu/isa.h"
 #include "cpu/logit_rows.h"
 #include "cpu/pairs_matrix.h"
@@ -193,6 +194,35 @@ double pair_loss(Address student, Address teacher, int64_t n, double delta, int 
                 reinterpret_cast<double*>(slopes));
 }
 
+double hint(Address student, int student_dtype, Address teacher, int teacher_dtype, int64_t rows, int64_t width, Address mask,
+            int distance, double delta, double scale, int threads, Address gradient) {
+    const Hint problem{{reinterpret_cast<const void*>(student), static_cast<Dtype>(student_dtype)},
+                       {reinterpret_cast<const void*>(teacher), static_cast<Dtype>(teacher_dtype)},
+                       rows, width, reinterpret_cast<const uint8_t*>(mask), static_cast<Distance>(distance),
+                       static_cast<float>(delta), scale, threads};
+    const py::gil_scoped_release release;
+    return hint_loss(problem, reinterpret_cast<float*>(gradient));
+}
+
+Maps maps_at(Address features, int dtype, int64_t samples, int64_t channels, int64_t positions, bool channels_last) {
+    return {{reinterpret_cast<const void*>(features), static_cast<Dtype>(dtype)}, samples, channels, positions, channels_last};
+}
+
+void attention(Address features, int dtype, int64_t samples, int64_t channels, int64_t positions, bool channels_last, double p,
+               int threads, Address out) {
+    const Maps maps = maps_at(features, dtype, samples, channels, positions, channels_last);
+    const py::gil_scoped_release release;
+    attention_maps(maps, static_cast<float>(p), threads, reinterpret_cast<float*>(out));
+}
+
+double attention_transfer(Address features, int dtype, int64_t samples, int64_t channels, int64_t positions, bool channels_last,
+                          double p, int threads, Address teacher, bool paper, double scale, Address gradient) {
+    const Maps maps = maps_at(features, dtype, samples, channels, positions, channels_last);
+    const py::gil_scoped_release release;
+    return attention_map_loss(maps, reinterpret_cast<const float*>(teacher), static_cast<float>(p), paper, scale, threads,
+                          reinterpret_cast<float*>(gradient));
+}
+
 }  // namespace
 }  // namespace fastkd
 
@@ -210,6 +240,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("pair_pull", &pull);
     m.def("pair_distance_loss", &pair_loss<&pair_distance_loss>);
     m.def("pair_angle_loss", &pair_loss<&pair_angle_loss>);
+    m.def("hint_loss", &hint);
+    m.def("attention_maps", &attention);
+    m.def("attention_map_loss", &attention_transfer);
 #ifdef FASTKD_WITH_CUDA
     m.attr("cuda_architectures") = FASTKD_WITH_CUDA;
     m.def("cuda_device_count", &cuda_device_count);

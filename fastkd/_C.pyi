@@ -72,5 +72,49 @@ def pair_pull(w: int, x: int, n: int, y: int, m: int, width: int, threads: int, 
 def pair_distance_loss(student: int, teacher: int, n: int, delta: float, threads: int, slopes: int, /) -> float: ...
 def pair_angle_loss(student: int, teacher: int, n: int, delta: float, threads: int, slopes: int, /) -> float: ...
 
+# Addresses of whole tensors; a gradient at 0 is not wanted, nor is a mask there.
+def hint_loss(
+    student: int,
+    student_dtype: int,
+    teacher: int,
+    teacher_dtype: int,
+    rows: int,
+    width: int,
+    mask: int,
+    distance: int,
+    delta: float,
+    scale: float,
+    threads: int,
+    gradient: int,
+    /,
+) -> float: ...
+def attention_maps(
+    features: int,
+    dtype: int,
+    samples: int,
+    channels: int,
+    positions: int,
+    channels_last: bool,
+    p: float,
+    threads: int,
+    maps: int,
+    /,
+) -> None: ...
+def attention_map_loss(
+    features: int,
+    dtype: int,
+    samples: int,
+    channels: int,
+    positions: int,
+    channels_last: bool,
+    p: float,
+    threads: int,
+    teacher: int,
+    paper: bool,
+    scale: float,
+    gradient: int,
+    /,
+) -> float: ...
+
 # Only where the extension was built with CUDA.
 def cuda_device_count() -> int: ...

@@ -5,6 +5,7 @@ from ._workspace import set_workspace
 from .inputs import Expected, Head, TopK
 from .losses.attention import AttentionKLLoss, MiniLMLoss, attention_kl_loss, minilm_loss
 from .losses.decoupled import dkd_loss, nkd_loss
+from .losses.feature import attention_transfer_loss, hint_loss, nst_loss
 from .losses.logit import KDLoss, LossParts, cross_entropy, kd_loss
 from .losses.pairwise import pairwise_cosine, pairwise_distance
 from .losses.relation import cka_loss, cosine_relation_loss, gram_loss, prepare_teacher, similarity_preserving_loss
@@ -22,6 +23,7 @@ __all__ = [
     "MiniLMLoss",
     "TopK",
     "attention_kl_loss",
+    "attention_transfer_loss",
     "cka_loss",
     "correlation_congruence_loss",
     "cosine_relation_loss",
@@ -29,9 +31,11 @@ __all__ = [
     "dkd_loss",
     "explain",
     "gram_loss",
+    "hint_loss",
     "kd_loss",
     "minilm_loss",
     "nkd_loss",
+    "nst_loss",
     "pairwise_cosine",
     "pairwise_distance",
     "pkt_loss",

@@ -50,6 +50,9 @@ OPERATIONS = {
     "rkd_angle_loss": "rkd",
     "pkt_loss": "similarity",
     "correlation_congruence_loss": "similarity",
+    "hint_loss": "hint",
+    "attention_transfer_loss": "attention_maps",
+    "nst_loss": "nst",
 }
 ANYWHERE = ("algebra", "reference")  # made of torch's operations: no device and no dtype is refused
 LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))

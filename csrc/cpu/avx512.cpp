@@ -1,4 +1,5 @@
 #include "attention-inl.h"
+#include "feature-inl.h"
 #include "isa.h"
 #include "logit-inl.h"
 #include "pairs-inl.h"
@@ -17,6 +18,7 @@ const InstructionSet avx512 = {
     {topk_statistics, topk_gradient},
     {kLanes, kRows, W, pack, attention_statistics, attention_gradient, write_row},
     {squares, pull, kPull, distances, distance_row, distance_slopes, angles},
+    {distance, difference, combination, add_powers, sum_powers, power_gradient},
 };
 
 }  // namespace fastkd

@@ -2,6 +2,7 @@
 // is an error and never silently another.
 #pragma once
 #include "attention.h"
+#include "feature.h"
 #include "logit.h"
 #include "pairs.h"
 #include "topk.h"
@@ -15,6 +16,7 @@ struct InstructionSet {
     TopKKernels topk;
     AttentionKernels attention;
     PairKernels pairs;
+    FeatureKernels feature;
 };
 
 extern const InstructionSet generic;

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from .._features import SHORTEST, Features, Result, keep, result_dtype
+from ._directions import directions, undirected
 from ._widen import chunk_rows, products, wide_dtype, widen
 
 TILE = 2**22  # pairs that are compared at a time, where the pairs themselves are
@@ -40,11 +41,9 @@ def gram_loss(student: Features, teacher: Features, gradient: bool, *, reduction
 
 def cosine_relation_loss(student: Features, teacher: Features, gradient: bool, *, reduction: str) -> Result:
     dtype = result_dtype(student, teacher)
-    (s, lengths), (t, _) = _directions(student.tensor.to(dtype)), _directions(teacher.tensor.to(dtype))
+    (s, lengths), (t, _) = directions(student.tensor.to(dtype), 1), directions(teacher.tensor.to(dtype), 1)
     loss, slope = _squares(s, t, teacher, "directions", gradient, _scale(s, reduction))
-    if slope is not None:
-        slope = torch.where(lengths <= SHORTEST, 0, (slope - s * (slope * s).sum(1, keepdim=True)) / lengths)
-    return loss, slope
+    return loss, None if slope is None else undirected(slope, s, lengths, 1)
 
 
 def similarity_preserving_loss(
@@ -93,12 +92,6 @@ def _scale(s: Tensor, reduction: str) -> float:
 def _length(matrix: Tensor) -> Tensor:
     length: Tensor = torch.linalg.vector_norm(matrix, dtype=wide_dtype(matrix))
     return length
-
-
-def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of length 1, or of zeros; and how long they were."""
-    lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=wide_dtype(x)).to(x.dtype)
-    return torch.where(lengths <= SHORTEST, 0, x / lengths), lengths
 
 
 def _centred(x: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._features import SHORTEST, Features, Result, result_dtype
+from .._features import Features, Result, result_dtype
 from ._gradient import value_and_gradient
+from ._normalised import normalised
 
 
 def gram_loss(student: Features, teacher: Features, gradient: bool, *, reduction: str) -> Result:
@@ -34,10 +35,10 @@ def gram_loss(student: Features, teacher: Features, gradient: bool, *, reduction
 
 def cosine_relation_loss(student: Features, teacher: Features, gradient: bool, *, reduction: str) -> Result:
     dtype = result_dtype(student, teacher)
-    taught = normalised(teacher.tensor.to(dtype))
+    taught, _ = normalised(teacher.tensor.to(dtype), 1)
 
     def formula(s: Tensor) -> Tensor:
-        s = normalised(s)
+        s, _ = normalised(s, 1)
         return _reduce((s @ s.T - taught @ taught.T).square(), reduction)
 
     return value_and_gradient(formula, student.tensor.to(dtype), gradient)
@@ -49,10 +50,10 @@ def similarity_preserving_loss(
     dtype = result_dtype(student, teacher)
     order = 1 if norm == "l1" else 2
     taught = teacher.tensor.to(dtype)
-    taught = normalised(taught @ taught.T, order)
+    taught, _ = normalised(taught @ taught.T, 1, order)
 
     def formula(s: Tensor) -> Tensor:
-        return _reduce((normalised(s @ s.T, order) - taught).square(), reduction)
+        return _reduce((normalised(s @ s.T, 1, order)[0] - taught).square(), reduction)
 
     return value_and_gradient(formula, student.tensor.to(dtype), gradient)
 
@@ -68,14 +69,6 @@ def cka_loss(student: Features, teacher: Features, gradient: bool) -> Result:
         return torch.where(no_student | no_teacher, 1, 0.5 * (g - h).square().sum())
 
     return value_and_gradient(formula, student.tensor.to(dtype), gradient)
-
-
-def normalised(rows: Tensor, order: int = 2) -> Tensor:
-    """Rows of length 1, or of zeros. A length of 0 has no derivative: it is replaced before the division."""
-    lengths = torch.linalg.vector_norm(rows.detach(), order, dim=1, keepdim=True)
-    short = lengths <= SHORTEST
-    safe = torch.where(short, 1, rows)
-    return torch.where(short, 0, safe / torch.linalg.vector_norm(safe, order, dim=1, keepdim=True))
 
 
 def _centred(x: Tensor) -> Tensor:

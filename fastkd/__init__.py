@@ -7,6 +7,7 @@ from .losses.attention import AttentionKLLoss, MiniLMLoss, attention_kl_loss, mi
 from .losses.decoupled import dkd_loss, nkd_loss
 from .losses.feature import attention_transfer_loss, hint_loss, nst_loss
 from .losses.logit import KDLoss, LossParts, cross_entropy, kd_loss
+from .losses.modules import Adapter, FeatureLoss
 from .losses.pairwise import pairwise_cosine, pairwise_distance
 from .losses.relation import cka_loss, cosine_relation_loss, gram_loss, prepare_teacher, similarity_preserving_loss
 from .losses.rkd import rkd_angle_loss, rkd_distance_loss
@@ -15,8 +16,10 @@ from .losses.similarity import correlation_congruence_loss, pkt_loss
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adapter",
     "AttentionKLLoss",
     "Expected",
+    "FeatureLoss",
     "Head",
     "KDLoss",
     "LossParts",

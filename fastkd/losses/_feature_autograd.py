@@ -49,11 +49,11 @@ def loss_of(
     _batch.check_group(op, group)
     if torch.compiler.is_compiling():
         return _traced(op, impl, student, teacher, options, group)
-    loss: Tensor = FeatureLoss.apply(student, teacher, options, op, impl, group)
+    loss: Tensor = LossNode.apply(student, teacher, options, op, impl, group)
     return loss
 
 
-class FeatureLoss(torch.autograd.Function):
+class LossNode(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, teacher: Features, options: Options, op: str, impl: str | None, group: Group

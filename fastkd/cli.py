@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo_parser.add_argument("--only", choices=("digits", "text"), help="one part instead of both")
     demo_parser.add_argument(
-        "--all", action="store_true", help="train a third student on the text, for whom no logits are stored"
+        "--all",
+        action="store_true",
+        help="more students: of the teacher's features and relations, and one for whom no logits are stored",
     )
 
     summary = "run a bench of the source tree"
@@ -102,7 +104,9 @@ def demo(options: argparse.Namespace) -> int:
     if options.seeds:
         settings = replace(settings, seeds=tuple(options.seeds))
     if options.all:
-        settings = replace(settings, text=replace(settings.text, heads=True))
+        settings = replace(
+            settings, digits=replace(settings.digits, terms=True), text=replace(settings.text, heads=True)
+        )
     return package.run(options.out, package.PARTS if options.only is None else (options.only,), settings)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from fastkd import demo
 from fastkd.demo import corpus, digits, memory, text
 from fastkd.demo.language_model import LanguageModel
 from fastkd.demo.settings import DigitsSettings, Settings, TextSettings
+from fastkd.demo.terms import TERMS, Term
 
 TINY = Settings(
     seeds=(0, 1),
@@ -162,6 +164,41 @@ def test_heads_store_no_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(loss, stored)
     for name, x in student.model.named_parameters():
         torch.testing.assert_close(x.grad, wanted[name], msg=name)
+
+
+def test_students_of_one_term_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = replace(TINY, digits=replace(TINY.digits, terms=True))
+    demo.run(tmp_path, ("digits",), settings)
+    part, printed = report_of(tmp_path)["digits"], capsys.readouterr().out
+    assert list(part["terms"]) == [term.name for term in TERMS]
+    for name, accuracies in part["terms"].items():
+        assert len(accuracies) == len(settings.seeds)
+        assert statistics.fmean(accuracies) == pytest.approx(part["mean_and_spread"][name][0])
+        assert f"student: {name}" in printed
+
+
+@pytest.mark.parametrize("term", TERMS, ids=lambda term: term.name)
+def test_a_term_brings_the_student_to_the_teachers_features(term: Term) -> None:
+    data = digits.load()
+    with torch.no_grad():
+        teacher = digits.network((64,), seed=5)
+        teacher(data.train)
+    features = teacher.features
+    student, adapter = digits.network((14,), seed=0), term.adapter(14, 64)
+
+    def loss(logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        losses.append(term.loss(adapter(student.features), features[rows]))
+        return term.weight * losses[-1]
+
+    losses: list[torch.Tensor] = []
+    for _ in digits.train(student, loss, data, torch.arange(300), 40, 64, 1e-2, 0, adapter):
+        pass
+    assert sum(losses[-5:]).item() < 0.6 * sum(losses[:5]).item()
+
+
+def test_terms_are_not_trained_unless_asked_for(tmp_path: Path) -> None:
+    demo.run(tmp_path, ("digits",), replace(TINY, seeds=(0,)))
+    assert report_of(tmp_path)["digits"]["terms"] == {}
 
 
 def test_fails_when_the_teacher_knows_nothing(

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeAlias
 
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 import fastkd
 
 from .settings import DigitsSettings
+from .terms import TERMS, Term
 
 CLASSES = 10
+IGNORE = -100
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]  # of these logits, made from these rows of the training set
 
 
@@ -36,6 +38,7 @@ class DigitsResult:
     labels_alone: list[float]  # the students', one per seed
     distilled: list[float]
     seconds: float
+    terms: dict[str, list[float]] = field(default_factory=dict)  # students of labels and one term on features
 
     def gain(self) -> float:
         return statistics.fmean(self.distilled) - statistics.fmean(self.labels_alone)
@@ -87,7 +90,7 @@ def run(settings: DigitsSettings, seeds: tuple[int, ...], progress: Progress) ->
     ):
         progress.advance(bar)
     with torch.no_grad():
-        knowledge = teacher(data.train)
+        knowledge, features = teacher(data.train), teacher.features
 
     bar = progress.add_task("digits: students", total=2 * len(seeds) * settings.student_steps)
     accuracies: tuple[list[float], list[float]] = ([], [])
@@ -101,6 +104,14 @@ def run(settings: DigitsSettings, seeds: tuple[int, ...], progress: Progress) ->
             ):
                 progress.advance(bar)
             collected.append(accuracy(student, data))
+    of_terms: dict[str, list[float]] = {}
+    if settings.terms:
+        bar = progress.add_task("digits: terms", total=len(TERMS) * len(seeds) * settings.student_steps)
+        for term in TERMS:
+            students = (
+                taught_by(term, settings, data, features, seed, lambda: progress.advance(bar)) for seed in seeds
+            )
+            of_terms[term.name] = list(students)
     return DigitsResult(
         teacher_parameters=_size(teacher),
         student_parameters=_size(student),
@@ -111,7 +122,29 @@ def run(settings: DigitsSettings, seeds: tuple[int, ...], progress: Progress) ->
         labels_alone=accuracies[0],
         distilled=accuracies[1],
         seconds=time.perf_counter() - started,
+        terms=of_terms,
     )
+
+
+def taught_by(
+    term: Term, settings: DigitsSettings, data: Digits, features: Tensor, seed: int, step: Callable[[], None]
+) -> float:
+    """The accuracy of a student of the labels and one term, of all inputs: it never sees the teacher's logits."""
+    student = network(settings.student_hidden, seed)
+    adapter = term.adapter(settings.student_hidden[-1], features.shape[1])
+    target = torch.full_like(data.train_target, IGNORE)
+    labelled = choose_labelled(data.train_target, settings.labels_per_class, seed)
+    target[labelled] = data.train_target[labelled]
+
+    def loss(logits: Tensor, rows: Tensor) -> Tensor:
+        hard = fastkd.cross_entropy(logits, target[rows], ignore_index=IGNORE)
+        return hard + term.weight * term.loss(adapter(student.features), features[rows])
+
+    everything = torch.arange(len(data.train))
+    numbers = settings.student_steps, settings.batch, settings.student_lr, seed
+    for _ in train(student, loss, data, everything, *numbers, adapter):
+        step()
+    return accuracy(student, data)
 
 
 def labels_loss(data: Digits) -> Loss:
@@ -135,19 +168,43 @@ def choose_labelled(target: Tensor, per_class: int, seed: int) -> Tensor:
     return torch.cat([order[target[order] == digit][:per_class] for digit in range(CLASSES)])
 
 
-def network(hidden: tuple[int, ...], seed: int) -> nn.Module:
+class Network(nn.Module):
+    """Fully connected; it remembers the features that the last logits were made from."""
+
+    features: Tensor
+
+    def __init__(self, hidden: tuple[int, ...]) -> None:
+        super().__init__()
+        sizes = (64, *hidden)
+        self.body = nn.Sequential(*(layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())))
+        self.head = nn.Linear(sizes[-1], CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.features = self.body(images)
+        logits: Tensor = self.head(self.features)
+        return logits
+
+
+def network(hidden: tuple[int, ...], seed: int) -> Network:
     torch.manual_seed(seed)
-    sizes = (64, *hidden)
-    layers = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], CLASSES))
+    return Network(hidden)
 
 
 def train(
-    model: nn.Module, loss: Loss, data: Digits, rows: Tensor, steps: int, batch: int, lr: float, seed: int
+    model: nn.Module,
+    loss: Loss,
+    data: Digits,
+    rows: Tensor,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    *others: nn.Module,
 ) -> Iterator[None]:
-    """Yields after every step."""
+    """Yields after every step. ``others`` learn with the model."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    parameters = [parameter for module in (model, *others) for parameter in module.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
     for _ in range(steps):
         chosen = rows[torch.randperm(len(rows), generator=generator)[:batch]]

@@ -22,6 +22,8 @@ def draw(path: Path, digits: DigitsResult | None, text: TextResult | None) -> No
     panels: list[Callable[[Axes], None]] = []
     if digits is not None:
         panels.append(lambda axes: _accuracy(axes, digits))
+        if digits.terms:
+            panels.append(lambda axes: _terms(axes, digits))
     if text is not None:
         panels += [
             lambda axes: _curves(axes, text),
@@ -58,6 +60,22 @@ def _accuracy(axes: Axes, result: DigitsResult) -> None:
     axes.set_title(f"Handwritten digits: a student of {result.student_parameters:,} parameters")
     axes.grid(axis="y", alpha=0.25)
     axes.legend(loc="lower right", frameon=False)
+
+
+def _terms(axes: Axes, result: DigitsResult) -> None:
+    every = [("labels alone", result.labels_alone, GREY)]
+    every += [(name.replace(" + ", " +\n"), values, VIOLET) for name, values in result.terms.items()]
+    every.append(("kd_loss", result.distilled, GREEN))
+    for place, (_, values, colour) in enumerate(every):
+        mean = statistics.fmean(values)
+        axes.scatter(values, [place] * len(values), color=colour, s=26, alpha=0.5)
+        axes.plot(mean, place, "|", color=colour, markersize=20, markeredgewidth=3)
+        axes.annotate(f"{mean:.1f}", (mean, place), (0, 11), textcoords="offset points", ha="center", fontweight="bold")
+    axes.set_yticks(range(len(every)), [name for name, _, _ in every])
+    axes.set_ylim(len(every) - 0.5, -0.7)
+    axes.set_xlabel("test accuracy (%), a dot a seed, a bar their mean")
+    axes.set_title(f"What features teach beside {result.labels} labels")
+    axes.grid(alpha=0.25)
 
 
 def _curves(axes: Axes, result: TextResult) -> None:

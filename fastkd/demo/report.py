@@ -46,7 +46,7 @@ def _known(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def students(result: DigitsResult) -> dict[str, Sequence[float]]:
-    return {"labels_alone": result.labels_alone, "distilled": result.distilled}
+    return {"labels_alone": result.labels_alone, "distilled": result.distilled, **result.terms}
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
@@ -71,13 +71,23 @@ def print_digits(console: Console, result: DigitsResult) -> None:
     teacher, student = f"{result.teacher_parameters:,}", f"{result.student_parameters:,}"
     rows, labels = str(result.train_rows), str(result.labels)
     table.add_row("teacher: cross-entropy", teacher, rows, rows, f"{result.teacher_accuracy:.1f}", end_section=True)
-    alone, distilled = (f"{mean:.1f} ± {std:.1f}" for mean, std in map(mean_and_spread, students(result).values()))
+    alone, distilled, *of_terms = (
+        f"{mean:.1f} ± {std:.1f}" for mean, std in map(mean_and_spread, students(result).values())
+    )
     table.add_row("student: cross-entropy", student, labels, labels, alone)
-    table.add_row("student: fastkd.kd_loss", student, rows, labels, f"[bold green]{distilled}[/]")
+    distilled = f"[bold green]{distilled}[/]"
+    table.add_row("student: fastkd.kd_loss", student, rows, labels, distilled, end_section=bool(of_terms))
+    for name, accuracy in zip(result.terms, of_terms, strict=True):
+        table.add_row(f"student: {name}", student, rows, labels, accuracy)
     table.caption = (
         f"Mean ± standard deviation of {len(result.distilled)} seeds: distillation gains {result.gain():.1f} points. "
         "Images without a label have alpha = 0: the teacher alone speaks about them."
     )
+    if of_terms:
+        table.caption += (
+            " The last rows: cross-entropy of the labels and one term on the last hidden layer's features of all "
+            "images. These students never see the teacher's logits."
+        )
     console.print(table)
 
 

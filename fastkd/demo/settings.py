@@ -19,6 +19,7 @@ class DigitsSettings:
     labels_per_class: int = 6
     temperature: float = 4.0
     alpha: float = 0.1  # of the rows that have a label; the others get 0
+    terms: bool = False  # students of the labels and one term on features each
 
 
 @dataclass(frozen=True)

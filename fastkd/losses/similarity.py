@@ -83,8 +83,8 @@ def correlation_congruence_loss(
 
         F.mse_loss(kernel(student), kernel(teacher), reduction=reduction)
 
-    summed in float64, some rows of both matrices at a time. ``form="neighbours"`` is RepDistiller's, for features of the
-    same length, of rows that follow one another::
+    summed in float64, some rows of both matrices at a time. ``form="neighbours"`` is RepDistiller's, for features of
+    the same length, of rows that follow one another::
 
         gap = (student - teacher).abs()
         (gap[:-1] * gap[1:]).sum(1).mean()  # "sum": .sum(); 0 for a row alone

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK = 256  # rows
+BLOCK = 64  # rows
 CLOSE = 1e-8  # below, as a share of |x|^2 + |y|^2, a squared distance by products has too few digits left
 HIDDEN = (
     1e-14  # below, so has the difference of two rows by way of two sums of rows, with weights of 1 over the distance

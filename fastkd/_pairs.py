@@ -89,4 +89,5 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def through_unit_rows(slope: Tensor, units: Tensor, lengths: Tensor) -> Tensor:
     """From the gradient of the unit rows to that of the rows."""
-    return (slope - units * (units * slope).sum(-1, keepdim=True)) / lengths
+    along = torch.linalg.vecdot(units, slope).unsqueeze(-1)
+    return torch.addcmul(slope, units, along, value=-1).div_(lengths)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .._distances import ELEMENTS
+from .._distances import ELEMENTS, products
 from .._features import Features, Result, kept, result_dtype
 from .._pairs import through_unit_rows, unit_rows, widen
 
@@ -29,8 +29,11 @@ def pkt_loss(student: Features, teacher: Features, gradient: bool, *, eps: float
         if gradient:
             ratio = q.div_(p + eps)
             slopes = ((ratio * p).sum(1, keepdim=True) - ratio).div_(sums)
-            slope[rows] += slopes @ units
-            slope += slopes.T @ units[rows]
+            if len(slopes) == len(units):
+                slope = (slopes + slopes.T) @ units
+            else:
+                slope[rows] += slopes @ units
+                slope += slopes.T @ units[rows]
     terms = 1 if reduction == "sum" else max(1, len(units)) ** 2
     dtype = result_dtype(student, teacher)
     return (total / terms).to(dtype), (through_unit_rows(slope, units, lengths) / terms).to(dtype) if gradient else None
@@ -43,14 +46,18 @@ def wide_unit_rows(features: Tensor) -> Tensor:
 
 def _probabilities(units: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """Some rows of them, and the sums that they were divided by."""
-    similarity = (units[rows] @ units.T).clamp_(-1, 1).add_(1)
+    similarity = _products(units, rows).clamp_(-1, 1).add_(1)
     sums = similarity.sum(1, keepdim=True)
     return similarity.div_(sums), sums
 
 
+def _products(x: Tensor, rows: slice) -> Tensor:
+    return products(x) if rows == slice(0, len(x)) else x[rows] @ x.T
+
+
 def _strips(rows: Tensor) -> Iterator[slice]:
     count = max(1, ELEMENTS // max(1, len(rows)))
-    return (slice(start, start + count) for start in range(0, len(rows), count))
+    return (slice(start, min(start + count, len(rows))) for start in range(0, len(rows), count))
 
 
 def correlation_congruence_loss(
@@ -85,8 +92,8 @@ def correlation_congruence_loss(
 def _taylor(s: Tensor, t: Tensor, gradient: bool, gamma: float, order: int) -> Result:
     total, slope = s.new_zeros(()), torch.empty_like(s)
     for rows in _strips(s):
-        kernel, derivative = _kernel(s[rows] @ s.T, gamma, order)
-        difference = kernel.sub_(_kernel(t[rows] @ t.T, gamma, order)[0])
+        kernel, derivative = _kernel(_products(s, rows), gamma, order)
+        difference = kernel.sub_(_kernel(_products(t, rows), gamma, order)[0])
         total += difference.square().sum()
         if gradient:
             slope[rows] = derivative.mul_(difference) @ s

@@ -77,7 +77,7 @@ def cka_loss(student: Features, teacher: Features, gradient: bool) -> Result:
     inner = torch.where(constant, 0, 2 * cka / own_length.square())
     if _few(s, t):
         return loss, (outer.to(dtype) * other + inner.to(dtype) * own) @ s
-    return loss, torch.addmm(t @ (outer * mixed).to(dtype), s, (inner * own).to(dtype))
+    return loss, (t @ (outer * mixed).to(dtype)).addmm_(s, (inner * own).to(dtype))
 
 
 def _few(s: Tensor, t: Tensor) -> bool:
@@ -109,7 +109,7 @@ def _squares(s: Tensor, t: Tensor, teacher: Features, name: str, gradient: bool,
     loss = scale * (own.square().sum() - 2 * cross.square().sum() + other.square().sum())
     slope = None
     if gradient:
-        slope = torch.addmm(s @ (4 * scale * own).to(s.dtype), t, (-4 * scale * cross).to(s.dtype))
+        slope = (s @ (4 * scale * own).to(s.dtype)).addmm_(t, (-4 * scale * cross).to(s.dtype))
     return loss.clamp(min=0).to(s.dtype), slope
 
 

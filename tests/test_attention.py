@@ -64,7 +64,7 @@ def test_float32_is_good_enough_to_set_the_bar(name: str) -> None:
         assert float(bound.max()) <= 2**-16 * float(value.abs().max().clamp(min=1e-3))
 
 
-@pytest.mark.few_interpreted(2)
+@pytest.mark.few_interpreted(4)
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_exact(impl: str, name: str, dtype: torch.dtype) -> None:
@@ -100,7 +100,8 @@ def test_mixed_dtypes(impl: str) -> None:
             testing._check(i, got[i], exact[i], error[i], 256.0, 0.0)
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean", "batchmean"])
+@pytest.mark.few_interpreted(2)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
 def test_reductions(impl: str, reduction: str) -> None:
     problem = replace(PLAIN, causal=True, masked=True)
     tensors, options = problem.tensors(), problem.options()
@@ -142,6 +143,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.few_interpreted(2)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(impl: str, layout: str) -> None:
     """The same bits, whatever memory the tensors are in; queries' gradient is laid out as they are."""
@@ -176,11 +178,12 @@ def test_one_implementations_backward_takes_anothers_state(impl: str) -> None:
     rows = Scores("test", *tensors).rows(causal=True, **options)
     reference, mine = (_dispatch.pick("attention_kl_loss", name, tensors[0], ()) for name in ("reference", impl))
     loss, state, scale = reference.forward(rows)
+    upstream = torch.ones((), device=device)
     got_loss, got_state, got_scale = mine.forward(rows)
     torch.testing.assert_close(got_state, state, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got_loss, loss, rtol=1e-5, atol=1e-6)
     assert float(got_scale) == float(scale) == 1
-    want = reference.backward(rows, state, scale, loss, (True, True))
-    got = mine.backward(rows, state, scale, loss, (True, True))
+    want = reference.backward(rows, state, scale, upstream, (True, True))
+    got = mine.backward(rows, state, scale, upstream, (True, True))
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)

@@ -92,8 +92,8 @@ def attention_kl_loss(
     Returns:
         The loss in nats: float32, or float64 if any tensor is. Where no row counts, 0 with zero gradients.
         A row that counts and has a NaN or an infinity in its query, or in a key that it sees, is NaN, and so are the
-        gradients of that query and of the keys that it sees; it harms nothing else. So is a row with a product beyond
-        float32. What masks drop may hold anything.
+        gradients of that query and of the keys that it sees; it harms nothing else. What masks drop may hold anything.
+        Products of queries and keys have to stay within float32, whatever the dtype.
 
     Raises:
         TypeError: a wrong type or dtype.

@@ -35,10 +35,11 @@ def backward(
     else:
         of_queries = _zeros(queries, queries.dtype) if wanted[0] else None
         of_keys = _zeros(keys, keys.dtype) if wanted[1] else None
+    state, upstream = state.contiguous(), grad_loss.float().contiguous()  # named, so that they live as long as the call
     _C.attention_backward(
         _numbers(rows),
-        state.contiguous().data_ptr(),
-        grad_loss.float().contiguous().data_ptr(),
+        state.data_ptr(),
+        upstream.data_ptr(),
         not rows.reduce,
         float(scale) if rows.reduce else 1.0,
         NOTHING if of_queries is None else _heads(of_queries),

@@ -65,11 +65,12 @@ def backward(
     storage = rows.student_queries.dtype
     if rows.same:
         return (_product(slopes, keys) + _product(slopes.mT, queries)).to(storage), None
-    b, g, s, d = rows.student_keys.shape
-    return (
-        _product(slopes, keys).to(storage) if wanted[0] else None,
-        _product(slopes.mT, queries).reshape(b, g, -1, s, d).sum(2).to(storage) if wanted[1] else None,
-    )
+    of_queries = _product(slopes, keys).to(storage) if wanted[0] else None
+    if not wanted[1]:
+        return of_queries, None
+    groups = rows.student_keys.shape[1]
+    of_keys = _product(slopes.mT, queries).unflatten(1, (groups, queries.shape[1] // groups))
+    return of_queries, of_keys.sum(2).to(storage)
 
 
 def _seen(rows: AttentionRows) -> tuple[Tensor, Tensor]:
@@ -99,7 +100,7 @@ def _usable(rows: AttentionRows, queries: Tensor, keys: Tensor) -> Side:
     """In the dtype of the computation, keys once for every head, and zeros for a token that is none or faulty."""
     queries, query_fault = _clean(queries.to(_dtype(rows)), rows.query_mask)
     keys, key_fault = _clean(keys.to(_dtype(rows)), rows.key_mask)
-    sharing = queries.shape[1] // max(1, keys.shape[1])
+    sharing = queries.shape[1] // keys.shape[1]
     fault = query_fault + key_fault.repeat_interleave(sharing, 1).mT
     return queries, keys.repeat_interleave(sharing, 1), fault
 

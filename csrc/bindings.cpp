@@ -73,7 +73,7 @@ LogitProblem logit_problem(const py::tuple& where, const py::tuple& what) {
     p.divergence = static_cast<Divergence>(numbers.integer()), p.beta = numbers.real();
     p.scale_by_t2 = numbers.integer(), p.label_smoothing = numbers.real(), p.z_loss = numbers.real();
     p.agreement = numbers.integer(), p.threads = static_cast<int>(numbers.integer());
-    p.without_target = numbers.integer(), p.label_slope = numbers.by_row();
+    p.without_target = numbers.integer(), p.label_slope = numbers.by_row(), p.standardize = numbers.integer();
     while (logits.more()) {
         p.teachers.push_back(matrix());
         p.teacher_temperature.push_back(numbers.by_row());

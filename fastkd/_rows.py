@@ -34,13 +34,18 @@ TARGET_AGREES = 7  # 1 where the student's best id is the target, if rows.agreem
 TEACHER_AGREES = 8  # the teacher_weight of the teachers whose best id is the student's, if rows.agreement
 FIRST_TEACHER = 9  # then TEACHER_COLUMNS for each teacher:
 TEACHER_COLUMNS = 3  # max, log sum exp((teacher - max) / T_teacher), omega
+MOMENTS = 3  # of standardised logits, after all teachers, for the student and each teacher: max - mean, std, count
 
 # omega is the one more number that a teacher's gradient needs: with h_j = dD/dq_j up to a constant,
 #   dD/dstudent_j = q_j * (h_j - omega) / T,    omega = sum_j q_j h_j / sum_j q_j;
 # mse stores the count of ids it averaged over. +inf says that the gradient of this teacher's term is 0 in this row.
 
 
-def state_width(teachers: int) -> int:
+def state_width(teachers: int, standardize: bool = False) -> int:
+    return first_moment(teachers) + (MOMENTS * (1 + teachers) if standardize else 0)
+
+
+def first_moment(teachers: int) -> int:
     return FIRST_TEACHER + TEACHER_COLUMNS * teachers
 
 
@@ -96,11 +101,17 @@ class LogitRows:
     expected: tuple[ExpectedTeacher, ...] = ()
     hidden: Tensor | None = None  # (N, H): what the student's logits were computed from, times their scale
     op: str = "kd_loss"  # whose rows these are, for messages
+    standardize: bool = False  # see below
     label_weight: float = 0.0  # of what losses/terms/decoupled.py says of the target
     without_target: bool = False  # see below
     label_slope: Tensor | None = None  # (N,), for backward
     notes: Any = field(default=None, init=False)  # an implementation's own, from its forward to its backward
 
+
+# standardize: in the soft term each side is z = (s - mean) / (SPREAD + std) over its shared ids above MASK, which for a
+# softmax is a temperature of the row's own; T**2 is that of the caller. Not mse. In a row where the student is constant
+# its gradient is 0.
+SPREAD, MASK = 1e-7, -1e30
 
 # without_target: the soft term is over the shared ids but the row's target, as if both sides were at -inf there; with
 # one teacher, forward_kl or cross_entropy, and no label smoothing. The hard term sees all ids as ever. A teacher of

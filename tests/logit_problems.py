@@ -96,9 +96,30 @@ OPTIONS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     },
     "two_teachers_by_row": lambda n, v: {"teacher_weight": torch.linspace(0, 1, 2 * n).reshape(n, 2)},
     "hard_only": lambda n, v: {"target": _labels(n, v), "alpha": 1.0, "label_smoothing": 0.05},
+    "standardize": lambda n, v: {"target": _labels(n, v), "temperature": 2.0, "standardize": True},
+    "standardize_by_row": lambda n, v: {
+        "temperature": torch.linspace(0.5, 4, n),
+        "teacher_temperature": 1.5,
+        "row_weight": torch.linspace(2, 0.5, n),
+        "standardize": True,
+        "scale_by_t2": False,
+    },
+    "two_teachers_standardized": lambda n, v: {
+        "target": _labels(n, v),
+        "teacher_weight": torch.linspace(0, 1, 2 * n).reshape(n, 2),
+        "shared_vocab": v - 2,
+        "standardize": True,
+    },
     "beta": lambda n, v: {"target": _labels(n, v), "beta": 0.9},
 }
 BETA_TAKERS = ("jsd", "skew_kl", "skew_reverse_kl")
+
+
+def has(divergence: str, option: str) -> bool:
+    """Whether a divergence takes an option."""
+    if option == "beta":
+        return divergence in BETA_TAKERS
+    return divergence != "mse" or "standardize" not in option
 
 
 def evaluate(impl: str, student: Tensor, *teachers: Tensor, upstream: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
@@ -129,6 +150,10 @@ def kink_allowance(problem: Problem) -> Tensor | float:
     options = problem.options()
     student, *teachers = (x.double() for x in problem.tensors())
     shared = options.get("shared_vocab", student.shape[1])
+    spread = torch.ones(())
+    if options.get("standardize"):
+        spread = 1e-7 + student[:, :shared].std(-1, keepdim=True)
+        student, *teachers = (x / (1e-7 + x[:, :shared].std(-1, keepdim=True)) for x in (student, *teachers))
 
     def column(value: Any) -> Any:
         return value.double().unsqueeze(-1) if isinstance(value, Tensor) else value
@@ -142,5 +167,5 @@ def kink_allowance(problem: Problem) -> Tensor | float:
         p = torch.softmax(teacher[:, :shared] / own, -1)
         tie = (p - q).abs() <= 1e-5 * (p + q)
         mass = torch.where(tie, q, 0.0).sum(-1, keepdim=True)
-        allowed[:, :shared] += problem.upstream().unsqueeze(-1) * temperature * q * (tie + mass)
+        allowed[:, :shared] += problem.upstream().unsqueeze(-1) * temperature / spread * q * (tie + mass)
     return allowed

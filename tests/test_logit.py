@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from logit_problems import BETA_TAKERS, DIVERGENCES, OPTIONS, STORAGE, Problem, answer, evaluate
+from logit_problems import BETA_TAKERS, DIVERGENCES, OPTIONS, STORAGE, Problem, answer, evaluate, has
 from torch import Tensor
 
 from fastkd import testing
@@ -25,8 +25,8 @@ def check(impl: str, problem: Problem) -> None:
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_exact(impl: str, divergence: str, option: str, dtype: torch.dtype, logits: str) -> None:
-    if option == "beta" and divergence not in BETA_TAKERS:
-        pytest.skip("takes no beta")
+    if not has(divergence, option):
+        pytest.skip("takes no such option")
     if impl == "triton" and not torch.cuda.is_available():
         # Interpreted kernels are slow: each divergence meets each option once, with storage and logits taking turns.
         turn = DIVERGENCES.index(divergence) + list(OPTIONS).index(option)

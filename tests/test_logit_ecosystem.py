@@ -160,7 +160,7 @@ def test_opcheck(impl: str, reduce: bool) -> None:
     teachers = [torch.randn(N, V), torch.randn(N, V)]
     arguments = (
         student, teachers, torch.arange(N), torch.rand(N), None, 0.3, torch.rand(N) + 0.5, 0.0, [], [1.0, 2.0],
-        None, [0.5, 0.5], None, None, "jsd", 0.5, True, 0.1, 0.01, -100, V, reduce, True, 0.0, "kd_loss", impl,
+        None, [0.5, 0.5], None, None, "jsd", 0.5, True, 0.1, 0.01, -100, V, reduce, True, False, 0.0, "kd_loss", impl,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.fastkd.logit_forward.default, arguments)
     loss, state, scale = (x.detach() for x in torch.ops.fastkd.logit_forward(*arguments))

@@ -3,6 +3,7 @@
 #include "isa.h"
 #include "logit-inl.h"
 #include "pairs-inl.h"
+#include "standard-inl.h"
 #include "topk-inl.h"
 
 namespace fastkd {
@@ -14,7 +15,7 @@ static bool supported() {
 const InstructionSet generic = {
     "generic",
     supported,
-    {statistics, divergence, gradient, unmatched, best},
+    {statistics, divergence, gradient, unmatched, best, moments, along},
     {topk_statistics, topk_gradient},
     {kLanes, kRows, W, pack, attention_statistics, attention_gradient, write_row},
     {squares, pull, kPull, distances, distance_row, distance_slopes, angles},

@@ -279,6 +279,13 @@ static void teacher_gradient(const LogitRow& row, const LogitGradient& g, int32_
     }
 }
 
+constexpr float kMask = -1e30f;  // a logit this low is a mask, as -inf is
+
+// s_j - mean, and 0 for a mask.
+FASTKD_INLINE vf centred(vf logits, const LogitGradient& g) {
+    return select(logits > kMask, logits - g.student.max + g.lift, splat(0.0f));
+}
+
 void gradient(const LogitRow& row, const LogitGradient& g, void* grad) {
     Tile student_scratch, teacher_scratch, out;
     const int64_t shared = row.soft ? row.shared : 0;
@@ -300,6 +307,9 @@ void gradient(const LogitRow& row, const LogitGradient& g, void* grad) {
             hard_gradient_tile(g, !first, s, whole, out.data);
         } else if (first) {
             for (int64_t i = 0; i < whole; i += W) store(out.data + i, splat(0.0f));
+        }
+        for (int64_t i = 0; soft && g.along != 0 && i < whole; i += W) {
+            store(out.data + i, load(out.data + i) + g.along * centred(load(s + i), g));
         }
         if (g.label >= begin && g.label < begin + n) out.data[g.label - begin] += g.label_coefficient;
         write(grad, row.student.dtype, begin, out.data, n);

@@ -69,6 +69,14 @@ struct LogitGradient {
     float constant;                    // added to every id
     float label_coefficient;           // added to the label
     int64_t label;                     // -1: none
+    float along, lift;                 // of standardised logits: along * (s_j - max + lift) is added to each that counts
+};
+
+// Of the logits of a row that are no masks: how many, and about what they are spread.
+struct Moments {
+    float highest = -3.402823466e38f;
+    double count = 0, mean = 0;
+    double squares = 0;  // sum (s - mean)^2
 };
 
 struct LogitKernels {
@@ -83,6 +91,9 @@ struct LogitKernels {
     bool (*unmatched)(const Row& absent, const Row& present, int64_t n, int64_t but);
     // The first of the best ids.
     int64_t (*best)(const Row&, int64_t n);
+    Moments (*moments)(const Row&, int64_t n);
+    // sum_j (s_j - mean) times the soft part of the gradient, of standardised logits.
+    double (*along)(const LogitRow&, const LogitGradient&);
 };
 
 }  // namespace fastkd

@@ -10,6 +10,12 @@
 namespace fastkd {
 namespace {
 
+// Where a state has them.
+template <class Number>
+Number* moments_of(const LogitProblem& p, Number* state) {
+    return state + kFirstTeacher + kTeacherColumns * p.teachers.size();
+}
+
 struct Divided {
     double value, omega;
 };
@@ -77,13 +83,27 @@ void agreement(const LogitProblem& p, int64_t i, const RowTask& task, const Logi
     state[kTeacherAgrees] = share;
 }
 
+// The moments of student and teachers, while the row is on its way into the cache for what follows.
+void measure(const LogitProblem& p, int64_t i, RowTask& task, const LogitKernels& kernels, double* columns) {
+    for (size_t side = 0; side <= task.teachers.size(); ++side) {
+        if (side > 0 && task.teacher_scale[side - 1] == kSkipped) continue;
+        const Moments m = kernels.moments(side == 0 ? task.row.student : task.teachers[side - 1], p.shared);
+        double* own = columns + kMoments * side;
+        own[kLift] = m.count > 0 ? m.highest - m.mean : 0;
+        own[kStd] = m.count > 1 ? std::sqrt(m.squares / (m.count - 1)) : 0;
+        own[kCount] = m.count;
+    }
+    task.standardize(p, i, columns);
+}
+
 // A row of the state, and weight * (alpha H + (1 - alpha) S). A term of weight 0 was left at 0, whatever it multiplies.
 double forward_row(const LogitProblem& p, int64_t i, RowTask& task, const LogitKernels& kernels,
                    std::vector<TeacherSums>& teachers, double* state) {
     task.set(p, i);
-    std::fill(state, state + kFirstTeacher + kTeacherColumns * p.teachers.size(), 0.0);
+    std::fill(state, state + state_width(p), 0.0);
     state[kWeight] = task.weight;
     if (task.weight == 0) return 0;
+    if (p.standardize && task.soft) measure(p, i, task, kernels, moments_of(p, state));
     if (task.hard || task.soft) {
         StudentSums student;
         std::fill(teachers.begin(), teachers.end(), TeacherSums());
@@ -109,12 +129,14 @@ struct GradientScratch {
 void teacher_terms(const LogitProblem& p, int64_t i, RowTask& task, const double* state, double weight,
                    GradientScratch& scratch) {
     const double t = task.temperature;
+    // The slope of a standardised row that is constant would be without bound.
+    const bool constant = p.standardize && moments_of(p, state)[kStd] == 0;
     for (size_t k = 0; k < task.teachers.size(); ++k) {
         const double* columns = state + kFirstTeacher + kTeacherColumns * k;
         const double omega = columns[kOmega];
-        const double slope = p.divergence == Divergence::mse ? 2 / omega : p.scale_by_t2 ? t : 1 / t;
+        const double slope = p.divergence == Divergence::mse ? 2 / omega : (p.scale_by_t2 ? t : 1 / t) / task.spread;
         double coefficient = weight * p.teacher_weight[k][i] * slope;
-        if (weight == 0 || omega == kInfinity) coefficient = 0;
+        if (weight == 0 || omega == kInfinity || constant) coefficient = 0;
         if (coefficient == 0 && p.label_slope[i] == 0) task.teacher_scale[k] = kSkipped;
         scratch.teachers[k] = normaliser(columns, task.teacher_scale[k]);
         scratch.coefficients[k] = static_cast<float>(coefficient);
@@ -126,6 +148,7 @@ void backward_row(const LogitProblem& p, int64_t i, RowTask& task, const LogitKe
                   const double* state, double upstream, void* grad) {
     task.set(p, i);
     const double weight = task.weight == 0 ? 0 : upstream * task.weight;
+    if (p.standardize && task.soft) task.standardize(p, i, moments_of(p, state));
     LogitGradient g = {};
     g.student = normaliser(state + kStudentMax, task.row.scale);
     g.teachers = scratch.teachers.data();
@@ -141,6 +164,12 @@ void backward_row(const LogitProblem& p, int64_t i, RowTask& task, const LogitKe
         g.student_coefficient -= slope;
         g.label_coefficient += slope;
         g.label = task.label;
+    }
+    if (p.standardize && task.soft && weight != 0) {
+        // dz/ds: what is along s - mean changes the spread of the logits, not z.
+        const double* m = moments_of(p, state);
+        g.lift = static_cast<float>(m[kLift]);
+        if (m[kStd] != 0) g.along = static_cast<float>(-kernels.along(task.row, g) / ((m[kCount] - 1) * m[kStd] * task.spread));
     }
     kernels.gradient(task.row, g, grad);
 }
@@ -166,7 +195,7 @@ Fault find_fault(const LogitProblem& p) {
 
 double logit_forward(const LogitProblem& p, Reduction reduction, double divisor, float* loss, double* state) {
     const LogitKernels& kernels = active_instruction_set().logit;
-    const int64_t width = kFirstTeacher + kTeacherColumns * static_cast<int64_t>(p.teachers.size());
+    const int64_t width = state_width(p);
     std::vector<double> losses(p.rows);
     for_each_chunk(p.rows, p.vocabulary, p.threads, [&](int64_t begin, int64_t end) {
         RowTask task(p, !p.teachers.empty());
@@ -187,7 +216,7 @@ double logit_forward(const LogitProblem& p, Reduction reduction, double divisor,
 void logit_backward(const LogitProblem& p, const double* state, const float* grad_loss, int64_t grad_loss_stride, double scale,
                     void* grad, int64_t grad_stride, bool fresh) {
     const LogitKernels& kernels = active_instruction_set().logit;
-    const int64_t width = kFirstTeacher + kTeacherColumns * static_cast<int64_t>(p.teachers.size());
+    const int64_t width = state_width(p);
     const int64_t bytes = grad_stride * (p.student.dtype == Dtype::float32 ? 4 : 2);
     if (fresh) prefer_huge_pages(grad, p.rows * bytes);
     for_each_chunk(p.rows, p.vocabulary, p.threads, [&](int64_t begin, int64_t end) {

@@ -41,7 +41,7 @@ struct LogitProblem {
     double label_smoothing, z_loss;
     bool agreement;
     int threads;
-    bool without_target;
+    bool without_target, standardize;
     ByRow label_slope;
 };
 

@@ -53,6 +53,7 @@ void RowTask::set(const LogitProblem& p, int64_t i) {
     weight = ignored ? 0 : static_cast<float>(p.row_weight[i]);
     alpha = p.alpha[i];
     temperature = p.temperature[i];
+    spread = 1;
     hard = p.target && weight != 0 && alpha != 0;
     soft = taught && weight != 0 && alpha != 1;
     for (size_t k = 0; k < teachers.size(); ++k) {
@@ -63,7 +64,18 @@ void RowTask::set(const LogitProblem& p, int64_t i) {
     row = {p.student.row(i), teachers.data(), static_cast<int32_t>(teachers.size()), p.vocabulary, p.shared,
            p.divergence,     p.beta,          soft, Hard::none, p.label_smoothing > 0,
            scale(temperature), teacher_scale.data(), soft && p.without_target ? label : -1};
-    if (hard) row.hard = !soft ? Hard::same : p.without_target ? Hard::separate : power(temperature);
+    if (hard) row.hard = !soft ? Hard::same : p.without_target || p.standardize ? Hard::separate : power(temperature);
+}
+
+void RowTask::standardize(const LogitProblem& p, int64_t i, const double* moments) {
+    // A NaN makes its row NaN by itself; as a temperature it would be an error.
+    const auto of = [](double std) { return 1e-7 + (std::isnan(std) ? 1 : std::min(std, 1e30)); };
+    spread = of(moments[kStd]);
+    row.scale = scale(temperature * spread);
+    for (size_t k = 0; k < teachers.size(); ++k) {
+        if (teacher_scale[k] == kSkipped) continue;
+        teacher_scale[k] = scale(p.teacher_temperature[k][i] * of(moments[kMoments * (1 + k) + kStd]));
+    }
 }
 
 void add_absent(const RowTask& task, StudentSums& student) {

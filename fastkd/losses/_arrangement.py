@@ -92,7 +92,7 @@ def state_columns(rows: LogitRows, dense: int, student_topk: int | None = None, 
     single = len(events) + len(rows.expected) == 1 and dense == 0
     sparse = sum(state_width(0) + k + 1 + state_width(1) for k in events)
     others = sparse + state_width(0) * len(rows.expected)
-    own = others if single else state_width(dense) + others
+    own = others if single else state_width(dense, rows.standardize) + others
     return kept + own + (state_width(0) if mapped else 0)
 
 

@@ -234,6 +234,20 @@ class Logits:
         self.computed = True
         return int(k)
 
+    def standardized(self, value: Any, divergence: str, student_topk: int | None) -> bool:
+        if not value:
+            return False
+        op, pairs = self.op, self.shared if self.vocab_map is None else min(self.shared, len(self.vocab_map))
+        if divergence == "mse":
+            _checks.bad_value(op, "standardize", "be False for mse, which compares raw logits", value)
+        if not self.plain:
+            _checks.bad_value(op, "standardize", "be False unless every teacher has logits", value)
+        if student_topk is not None:
+            _checks.bad_value(op, "standardize", "be False with student_topk", value)
+        if pairs < 2:
+            _checks.bad_value(op, "standardize", "be False for one class, which has no standard deviation", value)
+        return True
+
     def may_overwrite(self) -> bool:
         if isinstance(self.student, Head):
             return False  # its logits never were the caller's

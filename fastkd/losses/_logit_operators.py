@@ -22,11 +22,12 @@ PROBLEM = """
     Tensor? alpha_rows, float alpha, Tensor? temperature_rows, float temperature,
     Tensor[] teacher_temperature_rows, float[] teacher_temperature, Tensor? teacher_weight_rows, float[] teacher_weight,
     Tensor? divisor_tensor, float? divisor, str divergence, float beta, bool scale_by_t2, float label_smoothing,
-    float z_loss, int ignore_index, SymInt shared, bool reduce, bool agreement, float label_weight, str op, str? impl
+    float z_loss, int ignore_index, SymInt shared, bool reduce, bool agreement, bool standardize,
+    float label_weight, str op, str? impl
 """
 OPTIONS = (
     "divergence", "beta", "scale_by_t2", "label_smoothing", "z_loss", "ignore_index", "shared", "reduce", "agreement",
-    "label_weight", "op",
+    "standardize", "label_weight", "op",
 )  # fmt: skip
 LIBRARY = torch.library.Library("fastkd", "DEF")
 LIBRARY.define(f"logit_forward({PROBLEM}) -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))

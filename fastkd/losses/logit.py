@@ -53,6 +53,7 @@ class KDOptions(TypedDict, total=False):
     reduction: str
     normalizer: float | Tensor | None
     overwrite_student: bool
+    standardize: bool
     dim: int
     impl: str | None
 
@@ -97,6 +98,7 @@ def kd_loss(
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     overwrite_student: bool = False,
+    standardize: bool = False,
     dim: int = -1,
     impl: str | None = None,
     return_parts: bool = False,
@@ -153,6 +155,10 @@ def kd_loss(
             size. They must be contiguous, and neither a leaf nor a view of one. A second backward, or another user of
             the logits or of a tensor they are a view of, then gets autograd's version error. Has no effect where that
             error could not come: while tracing, and under saved-tensor hooks (``torch.utils.checkpoint`` has some).
+        standardize: In the soft term compare ``z = (logits - mean) / (1e-7 + std)`` of both sides, std being each row's
+            unbiased standard deviation: the shape of the logits, and not how large they are. Over the compared ids
+            that are no masks (-inf, or at most -1e30), for teachers with logits, two ids or more, and any divergence
+            but mse. A constant row has z = 0; there the slope has no bound, and is taken as 0.
         dim: The class dimension; 1 for maps ``(N, C, H, W)``. Any but the last costs a copy, unless the memory format
             (``torch.channels_last``) has it last.
         impl: Pin an implementation, ``"triton"``, ``"native"`` or ``"reference"``; :func:`fastkd.explain` lists them.
@@ -170,7 +176,7 @@ def kd_loss(
         RuntimeError: the pinned implementation cannot run here. Second derivatives, ``vmap`` and ``jvp``.
 
     Sources: Hinton et al. 2015, arXiv 1503.02531 (T^2); Agarwal et al. 2024, arXiv 2306.13649 (generalised JSD);
-    Ko et al. 2024, arXiv 2402.03898 (skew divergences).
+    Ko et al. 2024, arXiv 2402.03898 (skew divergences); Sun et al. 2024, arXiv 2403.01878 (standardised logits).
 
     Example:
         >>> student = torch.tensor([[0.0, 0.0]], requires_grad=True)
@@ -204,6 +210,7 @@ def kd_loss(
         ignore_index=ignore_index,
         reduction=reduction,
         normalizer=normalizer,
+        standardize=logits.standardized(standardize, divergence, student_topk),
         agreement=return_parts,
         overwrite=overwrite_student,
     )

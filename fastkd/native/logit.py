@@ -20,7 +20,7 @@ CPU = torch.device("cpu")  # named, as dtypes are: a default device or dtype mus
 
 def forward(rows: LogitRows) -> tuple[Tensor, Tensor, float]:
     n = rows.student.shape[0]
-    state = torch.empty(n, state_width(len(rows.teachers)), dtype=torch.float64, device=CPU)
+    state = torch.empty(n, state_width(len(rows.teachers), rows.standardize), dtype=torch.float64, device=CPU)
     loss = torch.empty(() if rows.reduce else (n,), dtype=torch.float32, device=CPU)
     divisor = _checks.divisor(rows)
     reduction = NONE if not rows.reduce else MEAN if divisor is None else SUM
@@ -80,6 +80,7 @@ def _numbers(rows: LogitRows) -> tuple[float, ...]:
         torch.get_num_threads(),
         rows.without_target,
         *(ZERO if rows.label_slope is None else _by_row(rows.label_slope)),
+        rows.standardize,
     )
     weights = rows.teacher_weight
     shares: Sequence[float | Tensor] = weights.unbind(1) if isinstance(weights, Tensor) else weights

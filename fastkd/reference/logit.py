@@ -26,6 +26,7 @@ from torch import Tensor
 
 from .. import _checks, _rows
 from .._rows import LogitRows
+from . import standard
 
 Divergence = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]  # log p, log q, beta -> v, W
 
@@ -106,7 +107,7 @@ def forward(rows: LogitRows) -> tuple[Tensor, Tensor, Tensor]:
         _checks.row_data(rows, rows.student.shape[1])
     dtype = _dtype(rows)
     n, teachers = rows.student.shape[0], len(rows.teachers)
-    state = rows.student.new_zeros((n, _rows.state_width(teachers)), dtype=dtype)
+    state = rows.student.new_zeros((n, _rows.state_width(teachers, rows.standardize)), dtype=dtype)
     state[:, _rows.WEIGHT] = _weight(rows, dtype)
     if rows.target is not None:
         _hard_term(rows, state)
@@ -184,13 +185,17 @@ def _soft_term(rows: LogitRows, state: Tensor) -> None:
     dtype = state.dtype
     temperature = _temperature(rows.temperature, dtype)
     student = _compared(rows, rows.student, dtype)
-    highest, logsum = _soft_normaliser(rows, student, temperature)
     active = (state[:, _rows.WEIGHT] != 0).unsqueeze(-1) & (_column(rows.alpha, dtype) != 1)
     squared = temperature**2 if rows.scale_by_t2 else 1.0
+    if rows.standardize:
+        temperature = temperature * _measured(rows, state, 0, student, active)
+    highest, logsum = _soft_normaliser(rows, student, temperature)
     soft = torch.zeros_like(highest)
     for k, logits in enumerate(rows.teachers):
         teacher, share = _compared(rows, logits, dtype), _share(rows, k, dtype)
         teacher_temperature = _temperature(rows.teacher_temperature[k], dtype)
+        if rows.standardize:
+            teacher_temperature = teacher_temperature * _measured(rows, state, 1 + k, teacher, active & (share != 0))
         teacher_highest, teacher_logsum = _soft_normaliser(rows, teacher, teacher_temperature)
         if rows.divergence == "mse":
             value, omega = _mse(student, teacher)
@@ -217,6 +222,11 @@ def _soft_gradient(rows: LogitRows, state: Tensor, k: int, coefficient: Tensor) 
         _temperature(value, dtype) for value in (rows.temperature, rows.teacher_temperature[k])
     )
     student, teacher = _compared(rows, rows.student, dtype), _compared(rows, rows.teachers[k], dtype)
+    factor = temperature if rows.scale_by_t2 else 1 / temperature
+    if rows.standardize:
+        spread = standard.spread(_moments(rows, state, 0))
+        temperature, factor = temperature * spread, factor / spread
+        teacher_temperature = teacher_temperature * standard.spread(_moments(rows, state, 1 + k))
     if rows.divergence == "mse":
         grad = 2 * _difference(student, teacher) / omega
     else:
@@ -224,8 +234,22 @@ def _soft_gradient(rows: LogitRows, state: Tensor, k: int, coefficient: Tensor) 
         lq = (student - highest) / temperature - logsum
         lp = (teacher - teacher_highest) / teacher_temperature - teacher_logsum
         _, w = DIVERGENCES[rows.divergence](lp, lq, rows.beta)
-        grad = (w - lq.exp() * omega) * (temperature if rows.scale_by_t2 else 1 / temperature)
+        grad = (w - lq.exp() * omega) * factor
+    if rows.standardize:
+        grad = standard.through(grad, student, _moments(rows, state, 0))
     return torch.where((coefficient == 0) | (omega == INF), 0.0, coefficient * grad)
+
+
+def _measured(rows: LogitRows, state: Tensor, side: int, logits: Tensor, looked_at: Tensor) -> Tensor:
+    """Puts the moments of a side into the state, and returns what its logits are divided by."""
+    moments = torch.where(looked_at, standard.moments(logits), 0.0)
+    _moments(rows, state, side).copy_(moments)
+    return standard.spread(moments)
+
+
+def _moments(rows: LogitRows, state: Tensor, side: int) -> Tensor:
+    first = _rows.first_moment(len(rows.teachers)) + _rows.MOMENTS * side
+    return state[:, first : first + _rows.MOMENTS]
 
 
 def _label_gradient(rows: LogitRows, state: Tensor, slope: Tensor) -> Tensor:
@@ -239,6 +263,8 @@ def _label_gradient(rows: LogitRows, state: Tensor, slope: Tensor) -> Tensor:
 def _compared(rows: LogitRows, logits: Tensor, dtype: torch.dtype) -> Tensor:
     """What the soft term sees."""
     logits = logits[:, : rows.shared].to(dtype)
+    if rows.standardize:
+        logits = standard.bounded(logits)
     return logits.masked_fill(_is_target(rows, logits), -INF) if rows.without_target else logits
 
 

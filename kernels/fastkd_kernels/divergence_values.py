@@ -28,6 +28,7 @@ from .rows import (
     misalignment,
     number,
     part_of,
+    scale_of,
     scales_of,
     shares_of,
     teacher_rows,
@@ -79,7 +80,7 @@ def conclude_divergence(row, saved, sums, alpha, temperature, shares, loss, SQUA
 @triton.jit(**FREE)
 def divergence_sums(
     student, student_stride, teacher, teacher_stride, others, other_strides,
-    alpha_rows, alpha, temperature_rows, temperature, teacher_temperature_rows, teacher_temperatures,
+    alpha_rows, alpha, temperature_rows, temperature, stretch_rows, teacher_temperature_rows, teacher_temperatures,
     share_rows, shares, state, loss, partials, shared, chunk, parts, beta, rest,
     TERM: tl.constexpr, SQUARED: tl.constexpr, R: tl.constexpr, K: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
@@ -92,7 +93,7 @@ def divergence_sums(
     s = aligned(student_row, shift, K)
     t = teacher_rows(teacher, teacher_stride, others, other_strides, row, shift, K)
     scales = scales_of(teacher_temperature_rows, teacher_temperatures, row)
-    c = LOG2E / temperature_of(temperature_rows, temperature, row)
+    c = scale_of(temperature_rows, temperature, stretch_rows, row)
     student_side = (
         tl.load(saved + STUDENT_MAX).to(tl.float32),
         c,

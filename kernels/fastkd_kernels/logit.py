@@ -24,12 +24,16 @@ from .rows import (
     FIRST_TEACHER,
     INTERPRETED,
     MAX_PARTS,
+    STUDENT_MAX,
     STUDENT_PARTIALS,
     TEACHER_COLUMNS,
     TEACHER_PARTIALS,
     WEIGHT,
 )
+from .standard_moments import along_sums, moments
 
+MOMENTS = 3  # of a side of standardised logits: max - mean, std, count
+SPREAD = 1e-7  # added to std
 SLOPES = {"forward_kl": "forward_kl", "cross_entropy": "forward_kl", "mse": "mse"}  # the others: q (h - omega)
 DIVERGENCE_PARTIALS = 3  # of a teacher in a part: the sums of v, q h and q
 
@@ -131,6 +135,9 @@ def _arguments(rows: Any) -> dict[str, Any]:
         "smoothing": float(rows.label_smoothing),
         "z_loss": float(rows.z_loss),
         "SQUARED": bool(rows.scale_by_t2),
+        "stretch_rows": None,
+        "along_rows": None,
+        "lift_rows": None,
         "HARD": _has_hard_term(rows),
         "WITHOUT": bool(rows.without_target),
     }
@@ -142,7 +149,7 @@ def _has_hard_term(rows: Any) -> bool:
 
 def _same_softmax(rows: Any) -> bool:
     one = not isinstance(rows.temperature, Tensor) and rows.temperature == 1
-    whole = rows.shared == rows.student.shape[1] and not rows.without_target
+    whole = rows.shared == rows.student.shape[1] and not (rows.without_target or rows.standardize)
     return bool(rows.teachers) and _has_hard_term(rows) and one and whole
 
 
@@ -173,36 +180,48 @@ def _running_on(x: Tensor) -> Iterator[None]:
 def forward(rows: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, state and scale of a ``LogitRows``; the contract is written where that class is."""
     n, teachers = rows.student.shape[0], len(rows.teachers)
-    width = FIRST_TEACHER.value + TEACHER_COLUMNS.value * teachers
-    state = rows.student.new_empty((n, width), dtype=torch.float64)
+    state = rows.student.new_empty((n, _first_moment(teachers)), dtype=torch.float64)
     loss = rows.student.new_empty(n, dtype=torch.float32)
+    own = rows.student.new_zeros((n, MOMENTS * (1 + teachers)), dtype=torch.float64) if rows.standardize else None
     if n:
         with _running_on(rows.student):
-            _row_losses(rows, state, loss)
+            if own is not None:
+                _measure(rows, own)
+            _row_losses(rows, {} if own is None else _stretched(rows, own), state, loss)
+    if own is not None:
+        state = torch.cat([state, _lifted(rows, state, own)], 1)
     scale, nothing = _scale(rows, state)
     if rows.reduce:
         loss = torch.where(nothing, 0.0, loss.sum() * scale).to(torch.float32)
     return loss, state, scale
 
 
-def _row_losses(rows: Any, state: Tensor, loss: Tensor) -> None:
+def _first_moment(teachers: int) -> int:
+    return int(FIRST_TEACHER.value + TEACHER_COLUMNS.value * teachers)
+
+
+def _row_losses(rows: Any, numbers: dict[str, Any], state: Tensor, loss: Tensor) -> None:
     n, teachers = rows.student.shape[0], len(rows.teachers)
     plan = _plan(rows, rows.student, *rows.teachers)
     hard, two_pass = _has_hard_term(rows), bool(teachers) and rows.divergence in TWO_PASS
     beyond = (not teachers or rows.shared < rows.student.shape[1]) and (hard or rows.agreement)
-    arguments = _arguments(rows) | {
-        "row_weight": None if rows.row_weight is None else rows.row_weight.contiguous(),
-        "state": state,
-        "loss": loss,
-        "ignore_index": rows.ignore_index,
-        "parts": plan.parts,
-        "KIND": "two_pass" if two_pass else rows.divergence if teachers else "forward_kl",
-        "SAME": _same_softmax(rows),
-        "BEYOND": beyond,
-        "SMOOTH": hard and rows.label_smoothing != 0,
-        "AGREE": bool(rows.agreement),
-        "MAX": MAX_PARTS,
-    }
+    arguments = (
+        _arguments(rows)
+        | numbers
+        | {
+            "row_weight": None if rows.row_weight is None else rows.row_weight.contiguous(),
+            "state": state,
+            "loss": loss,
+            "ignore_index": rows.ignore_index,
+            "parts": plan.parts,
+            "KIND": "two_pass" if two_pass else rows.divergence if teachers else "forward_kl",
+            "SAME": _same_softmax(rows),
+            "BEYOND": beyond,
+            "SMOOTH": hard and rows.label_smoothing != 0,
+            "AGREE": bool(rows.agreement),
+            "MAX": MAX_PARTS,
+        }
+    )
     width = STUDENT_PARTIALS.value + TEACHER_PARTIALS.value * teachers
     arguments["partials"] = loss.new_empty((n, plan.parts, width)) if plan.parts > 1 else None
     _launch(statistics, (n, plan.parts), plan, arguments)
@@ -235,6 +254,8 @@ def backward(rows: Any, state: Tensor, scale: Tensor, grad_loss: Tensor) -> Tens
     if not n:
         return gradient
     plan = _plan(rows, rows.student, gradient, *rows.teachers)
+    first = _first_moment(len(rows.teachers))
+    state, own = state[:, :first], state[:, first:]
     arguments = _arguments(rows) | {
         "gradient": gradient,
         "gradient_stride": gradient.stride(0),
@@ -251,8 +272,72 @@ def backward(rows: Any, state: Tensor, scale: Tensor, grad_loss: Tensor) -> Tens
         "BEYOND": not rows.teachers or rows.shared < vocabulary,
     }
     with _running_on(rows.student):
+        if rows.standardize:
+            arguments |= _stretched(rows, own, slopes=True)
+            arguments |= _along(arguments, own, plan)
         _launch(row_gradient, (n, plan.parts), plan, arguments)
     return gradient
+
+
+def _measure(rows: Any, own: Tensor) -> None:
+    """Fills in mean, std and count of each side's logits."""
+    n = len(own)
+    for side, logits in enumerate((rows.student, *rows.teachers)):
+        plan = _plan(rows, logits)
+        partials = own.new_empty((n, plan.parts, MOMENTS))
+        arguments = {
+            "student": logits,
+            "student_stride": logits.stride(0),
+            "target": None if rows.target is None else rows.target.contiguous(),
+            "row_weight": None if rows.row_weight is None else rows.row_weight.contiguous(),
+            "partials": partials,
+            "shared": rows.shared,
+            "parts": plan.parts,
+            "ignore_index": rows.ignore_index,
+        }
+        _launch(moments, (n, plan.parts), plan, arguments)
+        counts, means, squares = partials.unbind(-1)
+        count = counts.sum(1)
+        mean = (counts * means).sum(1) / count.clamp(min=1)
+        squares = squares + counts * (means - mean.unsqueeze(1)) ** 2
+        std = torch.where(count > 1, (squares.sum(1) / (count - 1)).sqrt(), 0.0)
+        own[:, MOMENTS * side : MOMENTS * (side + 1)] = torch.stack([mean, std, count], 1)
+
+
+def _lifted(rows: Any, state: Tensor, own: Tensor) -> Tensor:
+    """The moments as the state has them: how far the maximum is above the mean, and 0 for what is not looked at."""
+    active = (state[:, WEIGHT.value] != 0) & (rows.alpha != 1)
+    given = rows.teacher_weight
+    shares = given.unbind(1) if isinstance(given, Tensor) else given
+    looked_at = torch.stack([active, *(active & (share != 0) for share in shares)], 1)
+    columns = (
+        state[:, STUDENT_MAX.value : STUDENT_MAX.value + 1],
+        state[:, FIRST_TEACHER.value :: TEACHER_COLUMNS.value],
+    )
+    lifted = own.unflatten(1, (-1, MOMENTS)).clone()
+    lifted[..., 0] = torch.cat(columns, 1) - lifted[..., 0]
+    return torch.where(looked_at.unsqueeze(-1), lifted, 0.0).flatten(1)
+
+
+def _stretched(rows: Any, own: Tensor, slopes: bool = False) -> dict[str, Any]:
+    """What standardised logits are divided by, beside a temperature. ``slopes``: a constant row has none."""
+    stds = own[:, 1::MOMENTS]
+    spread = SPREAD + stds.nan_to_num(nan=1.0, posinf=1e30)  # a NaN makes its row NaN by itself
+    stretch = torch.where(stds[:, 0] == 0, torch.inf, spread[:, 0]) if slopes else spread[:, 0]
+    given = rows.teacher_temperature[: len(rows.teachers)]
+    temperatures = tuple(_aligned(t * spread[:, 1 + k]) for k, t in enumerate(given))
+    return {"stretch_rows": _aligned(stretch), "teacher_temperature_rows": temperatures}
+
+
+def _along(arguments: dict[str, Any], own: Tensor, plan: Grid) -> dict[str, Any]:
+    """The part of the gradient along the logits, which changes their spread alone: what is taken of each s - mean."""
+    lift, std, count = own[:, :MOMENTS].unbind(1)
+    lift = _aligned(lift)
+    partials = own.new_empty((len(own), plan.parts))
+    more = {"lift_rows": lift, "partials": partials, "parts": plan.parts}
+    _launch(along_sums, (len(own), plan.parts), plan, arguments | more)
+    along = -partials.sum(1) / ((count - 1) * std * arguments["stretch_rows"])
+    return {"lift_rows": lift, "along_rows": _aligned(torch.where(std == 0, 0.0, along))}
 
 
 def _like(student: Tensor) -> Tensor:

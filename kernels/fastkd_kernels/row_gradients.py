@@ -16,6 +16,7 @@ from .rows import (
     HARD_LOGSUM,
     HARD_MAX,
     LOG2E,
+    MASK,
     STUDENT_LOGSUM,
     STUDENT_MAX,
     TEACHER_COLUMNS,
@@ -36,6 +37,7 @@ from .rows import (
     offsets,
     part_of,
     position_of,
+    scale_of,
     scales_of,
     shares_of,
     teacher_rows,
@@ -104,6 +106,12 @@ def soft_slope(s, t, student, teachers, beta, rest, KIND: tl.constexpr, TERM: tl
 
 
 @triton.jit
+def centred(s, highest, lift):
+    """s - mean, and 0 for a mask."""
+    return tl.where(s > MASK, (s - highest) + lift, 0.0)
+
+
+@triton.jit
 def hard_slope(s, lq, hard, at, SAME: tl.constexpr):
     """factor (1 + 2 z_loss logsumexp) q - factor eps / V - factor (1 - eps) [j = y]."""
     m, logsum, of_q, of_all, of_label, label, _ = hard
@@ -114,11 +122,12 @@ def hard_slope(s, lq, hard, at, SAME: tl.constexpr):
 
 @triton.jit
 def write_slopes(
-    g, s, t, i, first, last, student, teachers, hard, odds, beta, rest,
+    g, s, t, i, first, last, student, teachers, hard, extra, beta, rest,
     R: tl.constexpr, K: tl.constexpr, KIND: tl.constexpr, TERM: tl.constexpr,
     HARD: tl.constexpr, SAME: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the tiles at position i. In the loop every store but those at the edges is 16 bytes wide."""
+    odds, standard = extra
     others = s
     if len(odds) > 0:
         others, t = but(s, odds[0], i, R, K), all_but(t, odds[0], i, R, K)
@@ -133,6 +142,8 @@ def write_slopes(
             slope, lq = soft_slope(others[u], tiles, student, teachers, beta, rest, KIND, TERM)
             if len(odds) > 0:
                 slope = tl.where(at == odds[0], odds[1], tl.fma(tl.exp2(lq), -odds[1], slope))
+        if len(standard) > 0:
+            slope = tl.fma(centred(s[u], student[0], standard[1]), standard[0], slope)
         if HARD:
             slope += hard_slope(s[u], lq, hard, at, SAME)
         slope = narrow(slope, g.dtype.element_ty)
@@ -140,6 +151,27 @@ def write_slopes(
             tl.store(g + at, slope, mask=(at >= first) & (at < last))
         else:
             tl.store(g + at, slope)
+
+
+@triton.jit
+def extras_of(target, label_slope, along_rows, lift_rows, row, shift, V, WITHOUT: tl.constexpr):
+    """The target's position and slope, and the numbers of standardised logits; each where it is asked for."""
+    odds, standard = (), ()
+    if WITHOUT:
+        odds = (position_of(target, row, shift, V), number(label_slope, 0.0, row))
+    if along_rows is not None:
+        standard = (number(along_rows, 0.0, row), number(lift_rows, 0.0, row))
+    return odds, standard
+
+
+@triton.jit
+def row_weight_of(saved, upstream, upstream_stride, scale, row):
+    """What the terms of this row are multiplied with before their own weights, and whether the row counts."""
+    own = tl.load(saved + WEIGHT).to(tl.float32)
+    weight = tl.load(upstream + row.to(tl.int64) * upstream_stride).to(tl.float32) * own
+    if scale is not None:
+        weight *= tl.load(scale).to(tl.float32)
+    return weight, own != 0
 
 
 @triton.jit
@@ -157,7 +189,7 @@ def student_side(saved, c, taught, hard, SAME: tl.constexpr):
 
 @triton.jit
 def gradient_sides(
-    saved, weight, row, shift, target, alpha, temperature, scales, shares, odds, V, smoothing, z_loss,
+    saved, weight, row, shift, target, alpha, temperature, c, stretch, scales, shares, odds, V, smoothing, z_loss,
     KIND: tl.constexpr, SQUARED: tl.constexpr, HARD: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
     """Numbers of the student, the teachers and the hard term, and which logits are read.
@@ -173,7 +205,7 @@ def gradient_sides(
     present = ()
     taught = weight != weight
     for k in tl.static_range(len(shares)):
-        factor = weight * (1 - alpha) * shares[k]
+        factor = weight * (1 - alpha) * shares[k] / stretch
         columns = saved + FIRST_TEACHER + TEACHER_COLUMNS * k
         side = teacher_side(columns, scales[k], factor, temperature, odds, KIND, SQUARED)
         teachers = teachers + (side,)
@@ -181,15 +213,15 @@ def gradient_sides(
         taught = taught | side[5]
     student = ()
     if len(shares) > 0:
-        student = student_side(saved, LOG2E / temperature, taught, hard, SAME)
+        student = student_side(saved, c, taught, hard, SAME)
     return student, teachers, hard, needed, needed | taught, present
 
 
 @triton.jit(**FREE)
 def row_gradient(
     gradient, gradient_stride, student, student_stride, teacher, teacher_stride, others, other_strides, target,
-    alpha_rows, alpha, temperature_rows, temperature, teacher_temperature_rows, teacher_temperatures,
-    share_rows, shares, state, upstream, upstream_stride, scale, label_slope,
+    alpha_rows, alpha, temperature_rows, temperature, stretch_rows, teacher_temperature_rows, teacher_temperatures,
+    share_rows, shares, state, upstream, upstream_stride, scale, label_slope, along_rows, lift_rows,
     V, shared, chunk, smoothing, z_loss, beta, rest,
     KIND: tl.constexpr, TERM: tl.constexpr, SQUARED: tl.constexpr, HARD: tl.constexpr, SAME: tl.constexpr,
     BEYOND: tl.constexpr, WITHOUT: tl.constexpr, R: tl.constexpr, K: tl.constexpr, U: tl.constexpr,
@@ -198,7 +230,7 @@ def row_gradient(
 
     A term whose factor is 0 is not read, so whatever stands there contributes exactly 0. The gradient may be written
     over the student: every id is read and written by the same thread, in that order. WITHOUT: the target is left out
-    of the soft term, and gets ``label_slope``, which the others lose.
+    of the soft term, and gets ``label_slope``, which the others lose. With ``along_rows`` logits are standardised.
     """
     TEACHERS: tl.constexpr = len(shares)
     row, part = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
@@ -208,20 +240,14 @@ def row_gradient(
     t = teacher_rows(teacher, teacher_stride, others, other_strides, row, shift, K)
     g = aligned(first_logit(gradient, row, gradient_stride), shift, K)
     saved = state + row.to(tl.int64) * (FIRST_TEACHER + TEACHER_COLUMNS * TEACHERS)
-    weight = tl.load(upstream + row.to(tl.int64) * upstream_stride).to(tl.float32) * tl.load(saved + WEIGHT).to(
-        tl.float32
-    )
-    if scale is not None:
-        weight *= tl.load(scale).to(tl.float32)
-    odds = ()
-    if WITHOUT:
-        odds = (position_of(target, row, shift, V), number(label_slope, 0.0, row))
+    weight, _ = row_weight_of(saved, upstream, upstream_stride, scale, row)
+    extra = extras_of(target, label_slope, along_rows, lift_rows, row, shift, V, WITHOUT)
+    scales = scales_of(teacher_temperature_rows, teacher_temperatures, row)
     pupil, teachers, hard, needed_beyond, needed, present = gradient_sides(
         saved, weight, row, shift, target, number(alpha_rows, alpha, row),
-        temperature_of(temperature_rows, temperature, row),
-        scales_of(teacher_temperature_rows, teacher_temperatures, row), shares_of(share_rows, shares, row),
-        odds, V, smoothing, z_loss,
-        KIND, SQUARED, HARD, SAME,
+        temperature_of(temperature_rows, temperature, row), scale_of(temperature_rows, temperature, stretch_rows, row),
+        number(stretch_rows, 1.0, row), scales, shares_of(share_rows, shares, row), extra[0], V, smoothing,
+        z_loss, KIND, SQUARED, HARD, SAME,
     )  # fmt: skip
 
     if TEACHERS > 0:
@@ -232,22 +258,25 @@ def row_gradient(
             x = load_edge(s, i, first, last, R, K, needed)
             y = load_edges(t, i, first, last, R, K, present)
             write_slopes(
-                g, x, y, i, first, last, pupil, teachers, hard, odds, beta, rest, R, K, KIND, TERM, HARD, SAME, True
+                g, x, y, i, first, last, pupil, teachers, hard, extra, beta, rest, R, K, KIND, TERM, HARD, SAME, True
             )
         for i in tl.range(body, tail, R * K * U, num_stages=1):
             x = load_step(s, i, R, K, U, needed)
             y = load_steps(t, i, R, K, U, present)
             write_slopes(
-                g, x, y, i, first, last, pupil, teachers, hard, odds, beta, rest, R, K, KIND, TERM, HARD, SAME, False
+                g, x, y, i, first, last, pupil, teachers, hard, extra, beta, rest, R, K, KIND, TERM, HARD, SAME, False
             )
 
     if BEYOND:
+        extra = ((), ())
         first, last = part_of(part, chunk, shift + shared, shift + V)
         body, tail, edges = cut(first, last, R, K, U)
         for e in range(edges):
             i = edge(e, first, tail, R, K)
             x = load_edge(s, i, first, last, R, K, needed_beyond)
-            write_slopes(g, x, (), i, first, last, (), (), hard, (), beta, rest, R, K, KIND, TERM, HARD, False, True)
+            write_slopes(g, x, (), i, first, last, (), (), hard, extra, beta, rest, R, K, KIND, TERM, HARD, False, True)
         for i in tl.range(body, tail, R * K * U, num_stages=1):
             x = load_step(s, i, R, K, U, needed_beyond)
-            write_slopes(g, x, (), i, first, last, (), (), hard, (), beta, rest, R, K, KIND, TERM, HARD, False, False)
+            write_slopes(
+                g, x, (), i, first, last, (), (), hard, extra, beta, rest, R, K, KIND, TERM, HARD, False, False
+            )

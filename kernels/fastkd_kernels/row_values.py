@@ -41,6 +41,7 @@ from .rows import (
     number,
     part_of,
     position_of,
+    scale_of,
     scales_of,
     shares_of,
     teacher_rows,
@@ -194,7 +195,7 @@ def conclude_agreement(saved, counts, row, best, teachers, target, shares, shift
 @triton.jit(**FREE)
 def statistics(
     student, student_stride, teacher, teacher_stride, others, other_strides, target, row_weight,
-    alpha_rows, alpha, temperature_rows, temperature, teacher_temperature_rows, teacher_temperatures,
+    alpha_rows, alpha, temperature_rows, temperature, stretch_rows, teacher_temperature_rows, teacher_temperatures,
     share_rows, shares, state, loss, partials,
     V, shared, chunk, parts, ignore_index, smoothing, z_loss,
     KIND: tl.constexpr, SQUARED: tl.constexpr, HARD: tl.constexpr, SAME: tl.constexpr, BEYOND: tl.constexpr,
@@ -217,7 +218,7 @@ def statistics(
     t = teacher_rows(teacher, teacher_stride, others, other_strides, row, shift, K)
     # A row that does not count is not read.
     read = (weight != 0).to(tl.int32)
-    c = LOG2E / temperature_of(temperature_rows, temperature, row)
+    c = scale_of(temperature_rows, temperature, stretch_rows, row)
     scales = scales_of(teacher_temperature_rows, teacher_temperatures, row)
     running = no_student(R)
     soft = (tl.zeros([], tl.float32), tl.zeros([], tl.float32))
@@ -285,7 +286,7 @@ def load_parts(pointer, row, parts, column, WIDTH: tl.constexpr, other, MAX: tl.
 @triton.jit(**FREE)
 def merge_statistics(
     student, student_stride, target, row_weight,
-    alpha_rows, alpha, temperature_rows, temperature, teacher_temperature_rows, teacher_temperatures,
+    alpha_rows, alpha, temperature_rows, temperature, stretch_rows, teacher_temperature_rows, teacher_temperatures,
     share_rows, shares, state, loss, partials, V, parts, ignore_index, smoothing, z_loss,
     KIND: tl.constexpr, SQUARED: tl.constexpr, HARD: tl.constexpr, SMOOTH: tl.constexpr, AGREE: tl.constexpr,
     WITHOUT: tl.constexpr, K: tl.constexpr, MAX: tl.constexpr,
@@ -296,7 +297,7 @@ def merge_statistics(
     row = tl.program_id(0)
     weight = counted_weight(row_weight, target, ignore_index, row)
     student_row = first_logit(student, row, student_stride)
-    c = LOG2E / temperature_of(temperature_rows, temperature, row)
+    c = scale_of(temperature_rows, temperature, stretch_rows, row)
     scales = scales_of(teacher_temperature_rows, teacher_temperatures, row)
     m = load_parts(partials, row, parts, 0, WIDTH, LOWEST, MAX)
     z = load_parts(partials, row, parts, 1, WIDTH, 0.0, MAX)

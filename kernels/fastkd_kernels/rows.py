@@ -24,6 +24,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 # Exponents saturate here: far below any probability, and their differences, times a sum, still fit in a float.
 FAR = tl.constexpr(-1.0e30)
+# A logit below is a mask, as -inf is, where logits are standardised.
+MASK = tl.constexpr(-1.0e30)
 # A log-sum that makes every probability 0: it stands in where a term has weight 0.
 ABSENT = tl.constexpr(1.0e30)
 NOWHERE = tl.constexpr(2**31 - 1)
@@ -54,7 +56,7 @@ FREE = {
     ],
     "do_not_specialize_on_alignment": [
         "student", "teacher", "target", "row_weight", "state", "loss", "partials", "gradient", "upstream", "scale",
-        "alpha_rows", "temperature_rows", "share_rows", "label_slope",
+        "alpha_rows", "temperature_rows", "share_rows", "label_slope", "stretch_rows", "along_rows", "lift_rows",
         "indices", "favourite", "marks", "wrong", "events", "slopes", "values", "spoilt",
     ],
 }  # fmt: skip
@@ -139,6 +141,12 @@ def scales_of(temperature_rows, temperatures, row):
             t = temperature_of(temperature_rows[k], temperatures[k], row)
         scales = scales + (LOG2E / t,)
     return scales
+
+
+@triton.jit
+def scale_of(temperature_rows, temperature, stretch_rows, row):
+    """The student's c, whose logits may be divided by a number of the row's own before the temperature."""
+    return LOG2E / (temperature_of(temperature_rows, temperature, row) * number(stretch_rows, 1.0, row))
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .row_gradients import hard_side, hard_slope
+from .row_gradients import hard_side, hard_slope, row_weight_of
 from .rows import (
     ABSENT,
     FIRST_TEACHER,
@@ -36,16 +36,6 @@ from .topk_values import load_ids, load_named
 
 # As the logarithm of the tail's probability: below, a float says nothing of the shares in it.
 FARTHEST = tl.constexpr(-4.0e6)
-
-
-@triton.jit
-def row_weight_of(saved, upstream, upstream_stride, scale, row):
-    """What the hard term of this row is multiplied with, and whether the row counts."""
-    own = tl.load(saved + WEIGHT).to(tl.float32)
-    weight = tl.load(upstream + row.to(tl.int64) * upstream_stride).to(tl.float32) * own
-    if scale is not None:
-        weight *= tl.load(scale).to(tl.float32)
-    return weight, own != 0
 
 
 @triton.jit(**FREE)

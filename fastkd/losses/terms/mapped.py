@@ -39,7 +39,7 @@ class Mapped:
         return grad.index_add_(1, self.student_ids, soft)
 
     def _hard(self, rows: LogitRows) -> LogitRows:
-        return replace(rows, shared=rows.student.shape[1], **NO_TEACHERS)
+        return replace(rows, shared=rows.student.shape[1], standardize=False, **NO_TEACHERS)
 
     def _problem(self, rows: LogitRows, state: Tensor) -> LogitRows:
         active = soft_rows(rows, state[:, WEIGHT])

@@ -1,8 +1,8 @@
 """Losses on the relations of a batch: distances, angles, similarities; against published eager code.
 
 A loss takes one entry in ``RELATIONS``. All get the same features; ``fastkd-prepared`` gets the teacher's prepared,
-as in an epoch that repeats batches. fastkd's numbers are held to the bar of :mod:`fastkd.testing` on the first rows, by the
-eager formula in float64; all are compared at full size with fastkd's own float64.
+as in an epoch that repeats batches. fastkd's numbers are held to the bar of :mod:`fastkd.testing` on the first rows, by
+the eager formula in float64; all are compared at full size with fastkd's own float64.
 """
 
 from __future__ import annotations

@@ -6,12 +6,14 @@ from .inputs import Expected, Head, TopK
 from .losses.attention import AttentionKLLoss, MiniLMLoss, attention_kl_loss, minilm_loss
 from .losses.decoupled import dkd_loss, nkd_loss
 from .losses.feature import attention_transfer_loss, hint_loss, nst_loss
+from .losses.dist import dist_loss
 from .losses.logit import KDLoss, LossParts, cross_entropy, kd_loss
 from .losses.modules import Adapter, FeatureLoss
 from .losses.pairwise import pairwise_cosine, pairwise_distance
 from .losses.relation import cka_loss, cosine_relation_loss, gram_loss, prepare_teacher, similarity_preserving_loss
 from .losses.rkd import rkd_angle_loss, rkd_distance_loss
 from .losses.similarity import correlation_congruence_loss, pkt_loss
+from .losses.wsld import wsld_loss, wsld_weights
 
 __version__ = "0.1.0"
 
@@ -31,6 +33,7 @@ __all__ = [
     "correlation_congruence_loss",
     "cosine_relation_loss",
     "cross_entropy",
+    "dist_loss",
     "dkd_loss",
     "explain",
     "gram_loss",
@@ -47,4 +50,6 @@ __all__ = [
     "rkd_distance_loss",
     "set_workspace",
     "similarity_preserving_loss",
+    "wsld_loss",
+    "wsld_weights",
 ]

@@ -65,7 +65,7 @@ def dkd_loss(
     Example:
         >>> student, teacher = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[4.0, 4.0, 0.0]])
         >>> round(dkd_loss(student, teacher, torch.tensor([2])).item(), 4)
-        0.6078
+        1.3001
     """
     logits = _logits("dkd_loss", student, teacher, dim)
     alpha = _checks.not_negative("dkd_loss", "alpha", alpha)

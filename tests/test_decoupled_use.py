@@ -16,6 +16,7 @@ from fastkd import Head
 from fastkd.testing import assert_as_exact_as_fp32, peaked_logits
 
 N, V = 5, 43
+pytestmark = pytest.mark.few_interpreted(3)
 LOSSES = {"dkd_loss": fastkd.dkd_loss, "nkd_loss": fastkd.nkd_loss}
 CALLS = {
     "dkd": lambda s, t, y, **options: fastkd.dkd_loss(s, t, y, **options),

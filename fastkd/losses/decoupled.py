@@ -63,6 +63,7 @@ def dkd_loss(
     Source: Zhao et al. 2022, arXiv 2203.08679.
 
     Example:
+        >>> import torch
         >>> student, teacher = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[4.0, 4.0, 0.0]])
         >>> round(dkd_loss(student, teacher, torch.tensor([2])).item(), 4)
         1.3001
@@ -127,6 +128,7 @@ def nkd_loss(
     Source: Yang et al. 2023, arXiv 2303.13005.
 
     Example:
+        >>> import torch
         >>> student, teacher = torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([[4.0, 4.0, 0.0]])
         >>> round(nkd_loss(student, teacher, torch.tensor([2])).item(), 4)
         1.0497

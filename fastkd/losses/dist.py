@@ -54,6 +54,7 @@ def dist_loss(
     Source: Huang et al. 2022, arXiv 2205.10536.
 
     Example:
+        >>> import torch
         >>> student, teacher = torch.tensor([[0.0, 2.0], [0.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 0.0]])
         >>> round(dist_loss(student, teacher).item(), 4)
         0.5

@@ -175,16 +175,18 @@ void backward_attention(const py::tuple& numbers, Address state, Address grad_lo
 }
 
 // `y` is 0 for the rows of x themselves.
+template <class T>
 void squares(Address x, int64_t n, Address y, int64_t m, int64_t width, int threads, Address out) {
     const py::gil_scoped_release release;
-    pair_squares(reinterpret_cast<const double*>(x), n, reinterpret_cast<const double*>(y), m, width, threads,
+    pair_squares(reinterpret_cast<const T*>(x), n, reinterpret_cast<const T*>(y), m, width, threads,
                  reinterpret_cast<double*>(out));
 }
 
+template <class T>
 void pull(Address w, Address x, int64_t n, Address y, int64_t m, int64_t width, int threads, Address out) {
     const py::gil_scoped_release release;
-    pair_pull(reinterpret_cast<const double*>(w), reinterpret_cast<const double*>(x), n, reinterpret_cast<const double*>(y), m,
-              width, threads, reinterpret_cast<double*>(out));
+    pair_pull(reinterpret_cast<const T*>(w), reinterpret_cast<const T*>(x), n, reinterpret_cast<const T*>(y), m, width, threads,
+              reinterpret_cast<T*>(out));
 }
 
 template <double (*loss)(const double*, const double*, int64_t, double, int, double*)>
@@ -236,8 +238,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("topk_scatter", &scatter);
     m.def("attention_forward", &forward_attention);
     m.def("attention_backward", &backward_attention);
-    m.def("pair_squares", &squares);
-    m.def("pair_pull", &pull);
+    m.def("pair_squares", &squares<double>);
+    m.def("pair_squares_narrow", &squares<float>);
+    m.def("pair_pull", &pull<double>);
+    m.def("pair_pull_narrow", &pull<float>);
     m.def("pair_distance_loss", &pair_loss<&pair_distance_loss>);
     m.def("pair_angle_loss", &pair_loss<&pair_angle_loss>);
     m.def("hint_loss", &hint);

@@ -172,3 +172,17 @@ def test_one_row_of_nan_gives_nan(impl: str, loss: Loss, naive: Loss) -> None:
             pair = [flat(6, 3), flat(6, 4, 1)]
             pair[side][2, 1] = value
             assert loss(*pair, impl=impl).isnan()
+
+
+@each_loss
+def test_the_range_of_float32(impl: str, loss: Loss, naive: Loss) -> None:
+    """Rows whose differences have squares that float32 has not, beside a column that does not change."""
+    student, teacher = flat(9, 4), flat(9, 5, 1)
+    student[:, 0] = 1
+    value, grad = call(loss, student, teacher, impl=impl)
+    for scale, constant in ((1e-25, 1.0), (1e-38, 0.0), (1e30, 1.0), (6e37, 0.0), (1e-18, 1e18)):
+        scaled = student * scale
+        scaled[:, 0] = constant
+        got, slope = call(loss, scaled, teacher, impl=impl)
+        torch.testing.assert_close(got, value, rtol=1e-5, atol=0)
+        torch.testing.assert_close(slope.double() * scale, grad.double(), rtol=1e-4, atol=1e-7)

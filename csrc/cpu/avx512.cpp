@@ -18,7 +18,12 @@ const InstructionSet avx512 = {
     {statistics, divergence, gradient, unmatched, best, moments, along},
     {topk_statistics, topk_gradient},
     {kLanes, kRows, W, pack, attention_statistics, attention_gradient, write_row},
-    {squares, pull, kPull, distances, distance_row, distance_slopes, angles},
+    {{squares<double>, pull<double>, kPull<double>},
+     {squares<float>, pull<float>, kPull<float>},
+     distances,
+     distance_row,
+     distance_slopes,
+     angles},
     {distance, difference, combination, add_powers, sum_powers, power_gradient},
 };
 

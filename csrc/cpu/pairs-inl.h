@@ -10,6 +10,21 @@ constexpr int64_t VD = W / 2;
 typedef double vd __attribute__((vector_size(8 * VD)));
 typedef int64_t vl __attribute__((vector_size(8 * VD)));
 
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<double> {
+    typedef vd type;
+};
+template <>
+struct VectorOf<float> {
+    typedef vf type;
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+template <class T>
+constexpr int64_t kWidth = sizeof(Vector<T>) / sizeof(T);
+
 FASTKD_INLINE vd wide(double x) { return x - vd{}; }
 FASTKD_INLINE vd load(const double* p) {
     vd x;
@@ -18,14 +33,16 @@ FASTKD_INLINE vd load(const double* p) {
 }
 FASTKD_INLINE void store(double* p, vd x) { __builtin_memcpy(p, &x, sizeof x); }
 // The first n, and zeros.
-FASTKD_INLINE vd load(const double* p, int64_t n) {
-    if (n >= VD) return load(p);
-    vd x{};
+template <class T>
+FASTKD_INLINE Vector<T> load(const T* p, int64_t n) {
+    if (n >= kWidth<T>) return load(p);
+    Vector<T> x{};
     for (int64_t i = 0; i < n; ++i) x[i] = p[i];
     return x;
 }
-FASTKD_INLINE void store(double* p, vd x, int64_t n) {
-    if (n >= VD) return store(p, x);
+template <class T>
+FASTKD_INLINE void store(T* p, Vector<T> x, int64_t n) {
+    if (n >= kWidth<T>) return store(p, x);
     for (int64_t i = 0; i < n; ++i) p[i] = x[i];
 }
 FASTKD_INLINE double sum(vd x) {
@@ -49,6 +66,18 @@ FASTKD_INLINE void add_sums(const vd (&x)[4], double* totals) {
     _mm256_storeu_pd(totals, _mm256_add_pd(_mm256_loadu_pd(totals), sums));
 #else
     for (int64_t i = 0; i < 4; ++i) totals[i] += sum(x[i]);
+#endif
+}
+FASTKD_INLINE vd folded(vd x) { return x; }
+// Both halves, added as doubles.
+FASTKD_INLINE vd folded(vf x) {
+#if defined(__AVX512F__)
+    const __m512 y = (__m512)x;
+    return (vd)_mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(y)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(y, 1)));
+#else
+    vd total;
+    for (int64_t i = 0; i < VD; ++i) total[i] = static_cast<double>(x[i]) + x[i + VD];
+    return total;
 #endif
 }
 FASTKD_INLINE vd square_root(vd x) {
@@ -82,42 +111,50 @@ constexpr int64_t kTileRows = 2, kTileColumns = 4;
 
 // Adds what `width` columns from `first` on give. Differences first: what is lost in squares and products nothing brings
 // back. Beyond the last row the last one comes again.
-FASTKD_INLINE void square_tile(const Rows& x, const Rows& y, int64_t i, int64_t j, int64_t first, int64_t width,
+template <class T>
+FASTKD_INLINE void square_tile(const Rows<T>& x, const Rows<T>& y, int64_t i, int64_t j, int64_t first, int64_t width,
                                double sums[kTileRows][kTileColumns]) {
-    const double *a[kTileRows], *b[kTileColumns];
+    const T *a[kTileRows], *b[kTileColumns];
     for (int64_t r = 0; r < kTileRows; ++r) a[r] = x.data + (i + r < x.count ? i + r : x.count - 1) * x.stride + first;
     for (int64_t c = 0; c < kTileColumns; ++c) b[c] = y.data + (j + c < y.count ? j + c : y.count - 1) * y.stride + first;
-    vd squares[kTileRows][kTileColumns] = {};
+    Vector<T> squares[kTileRows][kTileColumns] = {};
     const auto add = [&](int64_t d, int64_t n) __attribute__((always_inline)) {
-        vd right[kTileColumns];
+        Vector<T> right[kTileColumns];
 #pragma GCC unroll 4
         for (int64_t c = 0; c < kTileColumns; ++c) right[c] = load(b[c] + d, n);
 #pragma GCC unroll 4
         for (int64_t r = 0; r < kTileRows; ++r) {
-            const vd left = load(a[r] + d, n);
+            const Vector<T> left = load(a[r] + d, n);
 #pragma GCC unroll 4
             for (int64_t c = 0; c < kTileColumns; ++c) {
-                const vd difference = left - right[c];
+                const Vector<T> difference = left - right[c];
                 squares[r][c] += difference * difference;
             }
         }
     };
     int64_t d = 0;
-    for (; d + VD <= width; d += VD) add(d, VD);
+    for (; d + kWidth<T> <= width; d += kWidth<T>) add(d, kWidth<T>);
     if (d < width) add(d, width - d);
 #pragma GCC unroll 4
-    for (int64_t r = 0; r < kTileRows; ++r) add_sums(squares[r], sums[r]);
+    for (int64_t r = 0; r < kTileRows; ++r) {
+        const vd row[4] = {folded(squares[r][0]), folded(squares[r][1]), folded(squares[r][2]), folded(squares[r][3])};
+        add_sums(row, sums[r]);
+    }
 }
 
-constexpr int64_t kSpan = 512;  // columns: of longer rows no tile would stay in the first-level cache
+static_assert(kTileColumns == 4, "sums are added by fours");
 
-void squares(const Rows& x, const Rows& y, int64_t width, double* out, double* mirrored, int64_t stride) {
+constexpr int64_t kSpan = 512;  // columns: of longer rows no tile would stay in the first-level cache, and floats
+// would add up too many squares
+
+template <class T>
+void squares(const Rows<T>& x, const Rows<T>& y, int64_t width, double* out, double* mirrored, int64_t stride) {
     for (int64_t first = 0; first == 0 || first < width; first += kSpan) {
         const int64_t span = width - first < kSpan ? width - first : kSpan;
         for (int64_t j = 0; j < y.count; j += kTileColumns) {
             for (int64_t i = 0; i < x.count; i += kTileRows) {
                 double tile[kTileRows][kTileColumns] = {};
-                square_tile(x, y, i, j, first, span, tile);
+                square_tile<T>(x, y, i, j, first, span, tile);
                 for (int64_t r = 0; r < kTileRows && i + r < x.count; ++r) {
                     for (int64_t c = 0; c < kTileColumns && j + c < y.count; ++c) {
                         double& total = out[(i + r) * stride + j + c];
@@ -135,42 +172,46 @@ constexpr int64_t kPullRows = 6;
 #else
 constexpr int64_t kPullRows = 3;
 #endif
-constexpr int64_t kPull = 2 * VD;
-static_assert(kPull <= kMaxColumns, "its caller has no more room");
+template <class T>
+constexpr int64_t kPull = 2 * kWidth<T>;
+static_assert(kPull<float> <= kMaxColumns, "its caller has no more room");
 
-FASTKD_INLINE void pull_tile(const double* const* w, const vd (*x)[2], const double* y, int64_t count, vd (*sums)[2]) {
+template <class T>
+FASTKD_INLINE void pull_tile(const T* const* w, const Vector<T> (*x)[2], const T* y, int64_t count, Vector<T> (*sums)[2]) {
     for (int64_t j = 0; j < count; ++j) {
-        const vd low = load(y + j * kPull), high = load(y + j * kPull + VD);
+        const Vector<T> low = load(y + j * kPull<T>), high = load(y + j * kPull<T> + kWidth<T>);
 #pragma GCC unroll 6
         for (int64_t r = 0; r < kPullRows; ++r) {
-            const vd weight = wide(w[r][j]);
+            const Vector<T> weight = w[r][j] - Vector<T>{};
             sums[r][0] += weight * (x[r][0] - low);
             sums[r][1] += weight * (x[r][1] - high);
         }
     }
 }
 
-void pull(const double* w, int64_t w_stride, const Rows& x, const Rows& y, int64_t first, int64_t count, double* packed,
-          double* out, int64_t out_stride) {
+template <class T>
+void pull(const T* w, int64_t w_stride, const Rows<T>& x, const Rows<T>& y, int64_t first, int64_t count, T* packed, T* out,
+          int64_t out_stride) {
+    constexpr int64_t half = kWidth<T>;
     for (int64_t j = 0; j < y.count; ++j) {
-        const double* row = y.data + j * y.stride + first;
-        store(packed + j * kPull, load(row, count));
-        store(packed + j * kPull + VD, load(row + VD, count - VD));
+        const T* row = y.data + j * y.stride + first;
+        store(packed + j * kPull<T>, load(row, count));
+        store(packed + j * kPull<T> + half, load(row + half, count - half));
     }
     for (int64_t i = 0; i < x.count; i += kPullRows) {
-        const double* weights[kPullRows];
-        vd rows[kPullRows][2], sums[kPullRows][2] = {};
+        const T* weights[kPullRows];
+        Vector<T> rows[kPullRows][2], sums[kPullRows][2] = {};
         for (int64_t r = 0; r < kPullRows; ++r) {
             const int64_t at = i + r < x.count ? i + r : x.count - 1;
             weights[r] = w + at * w_stride;
             rows[r][0] = load(x.data + at * x.stride + first, count);
-            rows[r][1] = load(x.data + at * x.stride + first + VD, count - VD);
+            rows[r][1] = load(x.data + at * x.stride + first + half, count - half);
         }
-        pull_tile(weights, rows, packed, y.count, sums);
+        pull_tile<T>(weights, rows, packed, y.count, sums);
         for (int64_t r = 0; r < kPullRows && i + r < x.count; ++r) {
-            double* row = out + (i + r) * out_stride + first;
+            T* row = out + (i + r) * out_stride + first;
             store(row, sums[r][0], count);
-            store(row + VD, sums[r][1], count - VD);
+            store(row + half, sums[r][1], count - half);
         }
     }
 }

@@ -1,16 +1,17 @@
 // The pieces of losses on all pairs of rows: what every instruction set implements, once per table entry. What they make
-// together is in fastkd/_pairs.py. Everything is double.
+// together is in fastkd/_pairs.py. Rows are floats or doubles, and squared distances doubles.
 #pragma once
 #include <stdint.h>
 
 namespace fastkd {
 
 constexpr int64_t kGroup = 8;        // anchors that lie side by side, whatever the width of a vector; also rows of a tile
-constexpr int64_t kMaxColumns = 16;  // no instruction set pulls on more columns at once
+constexpr int64_t kMaxColumns = 32;  // no instruction set pulls on more columns at once
 
 // Rows as they lie; the stride is in elements.
+template <class T>
 struct Rows {
-    const double* data;
+    const T* data;
     int64_t count, stride;
 };
 
@@ -40,13 +41,19 @@ struct DistanceSums {
     double loss, slope;  // slope: sum_j h_j psi_j
 };
 
-struct PairKernels {
+template <class T>
+struct RowKernels {
     // Squared distances of all rows of x and of y; with `mirrored` their transpose as well.
-    void (*squares)(const Rows& x, const Rows& y, int64_t width, double* out, double* mirrored, int64_t stride);
+    void (*squares)(const Rows<T>& x, const Rows<T>& y, int64_t width, double* out, double* mirrored, int64_t stride);
     // out_i = sum_j w_ij (x_i - y_j) in `count` columns from `first` on, at most `columns` of them.
-    void (*pull)(const double* w, int64_t w_stride, const Rows& x, const Rows& y, int64_t first, int64_t count, double* packed,
-                 double* out, int64_t out_stride);
+    void (*pull)(const T* w, int64_t w_stride, const Rows<T>& x, const Rows<T>& y, int64_t first, int64_t count, T* packed,
+                 T* out, int64_t out_stride);
     int64_t columns;
+};
+
+struct PairKernels {
+    RowKernels<double> wide;
+    RowKernels<float> narrow;
     // The sum of those of n distances whose square is greater than `least`.
     double (*distances)(const double* squares, int64_t n, double least);
     // h_j = clamp(psi_j - teacher's, -delta, delta), of the distances from one row.

@@ -22,10 +22,14 @@ void upper_block(int64_t t, int64_t blocks, int64_t& i, int64_t& j) {
     j = i + t;
 }
 
+const RowKernels<double>& kernels_of(double*) { return active_instruction_set().pairs.wide; }
+const RowKernels<float>& kernels_of(float*) { return active_instruction_set().pairs.narrow; }
+
 }  // namespace
 
-void pair_squares(const double* x, int64_t n, const double* y, int64_t m, int64_t width, int threads, double* out) {
-    const PairKernels& kernels = active_instruction_set().pairs;
+template <class T>
+void pair_squares(const T* x, int64_t n, const T* y, int64_t m, int64_t width, int threads, double* out) {
+    const RowKernels<T>& kernels = kernels_of(static_cast<T*>(nullptr));
     const bool itself = y == nullptr;
     const int64_t rows = blocks_of(n, kBlockRows), columns = itself ? rows : blocks_of(m, kBlockRows);
     const int64_t tasks = itself ? rows * (rows + 1) / 2 : rows * columns;
@@ -34,27 +38,33 @@ void pair_squares(const double* x, int64_t n, const double* y, int64_t m, int64_
             int64_t i = t / std::max<int64_t>(1, columns), j = t % std::max<int64_t>(1, columns);
             if (itself) upper_block(t, rows, i, j);
             i *= kBlockRows, j *= kBlockRows;
-            const Rows left = {x + i * width, std::min(kBlockRows, n - i), width};
-            const Rows right = {(itself ? x : y) + j * width, std::min(kBlockRows, m - j), width};
+            const Rows<T> left = {x + i * width, std::min(kBlockRows, n - i), width};
+            const Rows<T> right = {(itself ? x : y) + j * width, std::min(kBlockRows, m - j), width};
             double* mirrored = itself && i != j ? out + j * m + i : nullptr;
             kernels.squares(left, right, width, out + i * m + j, mirrored, m);
         }
     });
 }
 
-void pair_pull(const double* w, const double* x, int64_t n, const double* y, int64_t m, int64_t width, int threads, double* out) {
-    const PairKernels& kernels = active_instruction_set().pairs;
+template <class T>
+void pair_pull(const T* w, const T* x, int64_t n, const T* y, int64_t m, int64_t width, int threads, T* out) {
+    const RowKernels<T>& kernels = kernels_of(static_cast<T*>(nullptr));
     const int64_t rows = blocks_of(n, kPullBlock), columns = blocks_of(width, kernels.columns);
     for_each_chunk(rows * columns, kPullBlock * kernels.columns * (m + 1), threads, [&](int64_t begin, int64_t end) {
-        std::vector<double> packed(m * kMaxColumns);
+        std::vector<T> packed(m * kMaxColumns);
         for (int64_t t = begin; t < end; ++t) {
             const int64_t i = t / columns * kPullBlock, first = t % columns * kernels.columns;
-            const Rows strip = {x + i * width, std::min(kPullBlock, n - i), width}, all = {y, m, width};
+            const Rows<T> strip = {x + i * width, std::min(kPullBlock, n - i), width}, all = {y, m, width};
             kernels.pull(w + i * m, m, strip, all, first, std::min(kernels.columns, width - first), packed.data(),
                          out + i * width, width);
         }
     });
 }
+
+template void pair_squares(const double*, int64_t, const double*, int64_t, int64_t, int, double*);
+template void pair_squares(const float*, int64_t, const float*, int64_t, int64_t, int, double*);
+template void pair_pull(const double*, const double*, int64_t, const double*, int64_t, int64_t, int, double*);
+template void pair_pull(const float*, const float*, int64_t, const float*, int64_t, int64_t, int, float*);
 
 double least_square(const double* squares, int64_t n) {
     double total = 0;

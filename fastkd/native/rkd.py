@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,21 @@ _C = extension()
 
 
 def rkd_distance_loss(student: Features, teacher: Features, gradient: bool, **options: Any) -> Result:
-    return _pairs.loss_of(squares, distances, pull, student, teacher, gradient, power=2, **options)
+    """The student's rows stay float32, at half the price: no cosine magnifies an error of a distance here."""
+    rows = student.tensor.float()
+    if options["normalize_rows"] or rows.numel() == 0:
+        return _pairs.loss_of(squares, distances, pull, student, teacher, gradient, power=2, **options)
+    scale = _scale(rows)  # that of the rows does not matter to the loss
+    scaled = Features((rows / scale).contiguous())
+    loss, slope = _pairs.loss_of(squares, distances, pull, scaled, teacher, gradient, wide=False, power=2, **options)
+    return loss, None if slope is None else slope.div_(scale)
+
+
+def _scale(rows: Tensor) -> float:
+    """A power of 2 that brings the largest difference near 1, so that no square leaves the range of float32."""
+    spread, largest = float((rows - rows[0]).abs_().amax()), float(rows.abs().amax())
+    exponent = max(math.frexp(spread)[1], math.frexp(largest)[1] - 100)  # nor do rows that are far from 0
+    return math.ldexp(1.0, 127 if math.isinf(spread) else min(max(exponent, -126), 127))
 
 
 def rkd_angle_loss(student: Features, teacher: Features, gradient: bool, **options: Any) -> Result:
@@ -25,20 +40,25 @@ def rkd_angle_loss(student: Features, teacher: Features, gradient: bool, **optio
 
 
 def squares(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Of float32 or float64 rows."""
     n, width = x.shape
     m = n if y is None else y.shape[0]
     out = torch.empty(n, m, dtype=torch.float64, device=CPU)
     other = 0 if y is None else y.data_ptr()
-    _C.pair_squares(x.data_ptr(), n, other, m, width, torch.get_num_threads(), out.data_ptr())
+    compute = _C.pair_squares if x.dtype is torch.float64 else _C.pair_squares_narrow
+    compute(x.data_ptr(), n, other, m, width, torch.get_num_threads(), out.data_ptr())
     return out
 
 
 def pull(slopes: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
+    """In the dtype of the rows."""
     n, width = x.shape
     other = x if y is None else y
-    out = torch.empty(n, width, dtype=torch.float64, device=CPU)
+    slopes = slopes.to(x.dtype)
+    out = torch.empty(n, width, dtype=x.dtype, device=CPU)
+    compute = _C.pair_pull if x.dtype is torch.float64 else _C.pair_pull_narrow
     threads = torch.get_num_threads()
-    _C.pair_pull(slopes.data_ptr(), x.data_ptr(), n, other.data_ptr(), other.shape[0], width, threads, out.data_ptr())
+    compute(slopes.data_ptr(), x.data_ptr(), n, other.data_ptr(), other.shape[0], width, threads, out.data_ptr())
     return out
 
 

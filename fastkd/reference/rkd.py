@@ -47,7 +47,7 @@ def _loss(
     dtype = result_dtype(student, teacher)
 
     def relations_of(x: Tensor) -> Tensor:
-        return relations(_scaled(x, bool(normalize_rows)))
+        return relations(unit_rows(x) if normalize_rows else x)
 
     taught = relations_of(teacher.tensor.to(dtype))
 
@@ -60,15 +60,11 @@ def _loss(
     return value_and_gradient(formula, student.tensor.to(dtype), gradient)
 
 
-def _scaled(x: Tensor, normalize_rows: bool) -> Tensor:
-    """Neither loss depends on the scale of all rows."""
-    return unit_rows(x) if normalize_rows else x / power_of_two(x)
-
-
 def _differences(x: Tensor) -> tuple[Tensor, Tensor]:
-    """e (N, N, D) and d (N, N)."""
+    """e (N, N, D) and d (N, N), both times a number on which neither loss depends."""
     n = x.shape[0]
     e = x[None, :] - x[:, None]
+    e = e / power_of_two(e)
     squares = e.square().sum(-1)
     coincident = squares <= COINCIDENT**2 * squares.detach().sum() / max(1, n * (n - 1))
     return e, torch.where(coincident, 1.0, squares).sqrt().masked_fill(coincident, 0)

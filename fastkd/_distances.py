@@ -9,9 +9,7 @@ from torch import Tensor
 
 BLOCK = 64  # rows
 CLOSE = 1e-8  # below, as a share of |x|^2 + |y|^2, a squared distance by products has too few digits left
-HIDDEN = (
-    1e-14  # below, so has the difference of two rows by way of two sums of rows, with weights of 1 over the distance
-)
+HIDDEN = 1e-14  # below, so has a difference of two sums of rows, weighted by 1 over the distance
 ELEMENTS = 2**22  # that are there at a time, where there are D for each pair
 DIRECT = "donot_use_mm_for_euclid_dist"
 

@@ -121,6 +121,17 @@ def test_mask(impl: str, distance: str, mask: str, reduction: str) -> None:
     assert (grad[~everywhere] == 0).all()
 
 
+@pytest.mark.parametrize("distance", ["mse", "l1", "huber"])
+def test_mask_of_several_tiles(impl: str, distance: str) -> None:
+    student, teacher, mask = flat(70, 300), flat(70, 300, 1), flat(70, 300, 2) > 0.2
+    formula = lambda s, t: naive(distance, s, t, mask)  # noqa: E731
+    judge(fastkd.hint_loss, formula, student, teacher, impl=impl, distance=distance, mask=mask)
+    student[~mask] = float("inf")
+    value, grad = call(fastkd.hint_loss, student, teacher, impl=impl, distance=distance, mask=mask)
+    assert value.isfinite()
+    assert torch.equal(grad == 0, ~mask)
+
+
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_nothing_counts(impl: str, distance: str, reduction: str) -> None:

@@ -127,8 +127,11 @@ def _compared_rows(s: Tensor, t: Tensor, gradient: bool, order: int, scale: floa
             direction = g if order == 2 else g.sign()
             radial = (difference * g).sum(1, keepdim=True)
             towards = torch.where(lengths <= SHORTEST, 0, 2 * scale * (difference - direction * radial) / lengths)
-            slope[rows] += towards @ s
-            slope += towards.T @ s[rows]
+            if tile >= s.shape[0]:
+                slope = (towards + towards.T) @ s
+            else:
+                slope[rows] += towards @ s
+                slope += towards.T @ s[rows]
     return (scale * loss).to(s.dtype), slope
 
 

@@ -5,8 +5,8 @@ from ._workspace import set_workspace
 from .inputs import Expected, Head, TopK
 from .losses.attention import AttentionKLLoss, MiniLMLoss, attention_kl_loss, minilm_loss
 from .losses.decoupled import dkd_loss, nkd_loss
-from .losses.feature import attention_transfer_loss, hint_loss, nst_loss
 from .losses.dist import dist_loss
+from .losses.feature import attention_transfer_loss, hint_loss, nst_loss
 from .losses.logit import KDLoss, LossParts, cross_entropy, kd_loss
 from .losses.modules import Adapter, FeatureLoss
 from .losses.pairwise import pairwise_cosine, pairwise_distance

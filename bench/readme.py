@@ -10,33 +10,32 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [path for path in (str(ROOT), str(ROOT / "kernels")) if path not in sys.path]
 
 from bench import plot, record  # noqa: E402
+from bench.tables import (  # noqa: E402
+    ATTENTION,
+    HEADS,
+    LOGITS,
+    RELATIONS,
+    WIDE_MARK,
+    Family,
+    Row,
+    latest,
+    load,
+    machine_of,
+    table,
+    time_of,
+)
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 PLOTTED = "forward_kl"
-WIDE_MARK = "†"
 TRAINING = "forward+backward"
-FROZEN = "frozen-head"
 TAILS = "tails.csv"
-Row = dict[str, str]
-
-
-class Family(NamedTuple):
-    """How the rows of a bench become a table."""
-
-    problem: tuple[str, ...]  # columns that tell one problem from another
-    providers: dict[str, str]  # in this order, with their headings
-    headings: tuple[str, str, str, str]  # of the columns before the providers and after them
-    size: Callable[[Row], str]
-    share: Callable[[Row], str]  # how close the row is to what no implementation can do without
-    beside: tuple[str, ...]  # whose memory is named beside fastkd's
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"no rows of kd in {args.results}: run `python bench/run.py kd`")
         return 1
     image = args.results / "kd.png"
-    calls, heads = latest(load(args.results, "call"), LOGITS), latest(load(args.results, "head"), HEADS)
-    tails = record.read(args.results / TAILS) if (args.results / TAILS).exists() else []
-    section = render(rows, calls, heads, image, args.readme.parent, tails)
+    section = render(args.results, rows, image.resolve().relative_to(args.readme.parent.resolve()).as_posix())
     before, rest = text.split(BEGIN)
     wanted = f"{before}{BEGIN}\n{section}\n{END}{rest.split(END)[1]}"
     if args.check:
@@ -68,142 +65,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def load(results: Path, family: str) -> list[Row]:
-    return [row for path in sorted(results.glob(f"{family}-*.csv")) for row in record.read(path)]
+def render(results: Path, rows: Sequence[Row], link: str) -> str:
+    calls, heads = latest(load(results, "call"), LOGITS), latest(load(results, "head"), HEADS)
+    tails = record.read(results / TAILS) if (results / TAILS).exists() else []
+    relations = latest(load(results, "relation"), RELATIONS)
+    attention = latest(load(results, "attention"), ATTENTION)
 
+    def caption(machine: str, here: Sequence[Row]) -> str:
+        return _caption(machine, here, [row for row in calls if machine_of(row) == machine])
 
-def latest(rows: Iterable[Row], family: Family) -> list[Row]:
-    """For every problem the rows of the last run that had it: ratios hold within a run alone."""
-    runs: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        taken = runs.setdefault(tuple(row[field] for field in family.problem), [])
-        if taken and taken[0]["date"] > row["date"]:
-            continue
-        if taken and taken[0]["date"] < row["date"]:
-            taken.clear()
-        taken.append(row)
-    return [row for key in sorted(runs, key=_order) for row in runs[key]]
-
-
-def render(
-    rows: Sequence[Row],
-    calls: Sequence[Row],
-    heads: Sequence[Row],
-    image: Path,
-    folder: Path,
-    tails: Sequence[Row] = (),
-) -> str:
-    rows = [row for row in rows if row["mode"] == TRAINING]
-    link = image.resolve().relative_to(folder.resolve()).as_posix()
     parts = [f"![Speed of kd_loss against eager PyTorch]({link})"]
-    for machine in dict.fromkeys(_machine(row) for row in rows):
-        here = [row for row in rows if _machine(row) == machine]
-        one_call = [row for row in calls if _machine(row) == machine]
-        parts += [_table(here, LOGITS), _caption(machine, here, one_call)]
-    heads = [row for row in heads if row["hard_term"] == "yes" and not row["workspace_mib"]]
-    for machine in dict.fromkeys(_machine(row) for row in heads):
-        here = [row for row in heads if _machine(row) == machine]
-        parts += [_table(here, HEADS), _head_caption(machine, here)]
+    parts += _tables([row for row in rows if row["mode"] == TRAINING], LOGITS, caption)
+    whole = [row for row in heads if row["hard_term"] == "yes" and not row["workspace_mib"]]
+    parts += _tables(whole, HEADS, _head_caption)
+    parts += _tables([row for row in relations if row["mode"] == TRAINING], RELATIONS, _relation_caption)
+    parts += _tables([row for row in attention if row["mode"] == TRAINING], ATTENTION, _attention_caption)
     if tails:
         parts += [_tails_table(tails), _tails_caption(tails)]
     parts.append("This section is written by `python bench/readme.py`.")
     return "\n\n".join(parts)
 
 
-def _table(rows: Sequence[Row], family: Family) -> str:
-    problems: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in rows:
-        problems.setdefault(tuple(row[field] for field in family.problem), {})[row["provider"]] = row
-    providers = [name for name in family.providers if any(name in found for found in problems.values())]
-    first, second, *last = family.headings
-    headings = [first, second, *(family.providers[name] for name in providers), *last]
-    lines = [headings, ["---", "---"] + ["---:"] * (len(headings) - 2)]
-    for found in problems.values():
-        any_row = next(iter(found.values()))
-        ours = found.get("fastkd", {})
-        lines.append(
-            [
-                f"`{any_row['divergence']}`",
-                family.size(any_row),
-                *(_cell(found.get(name)) for name in providers),
-                family.share(ours),
-                _memory(found, family.beside),
-            ]
-        )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _cell(row: Row | None) -> str:
-    if row is None:
-        return "-"
-    ratio = f" ({float(row['times_eager']):.1f}x)" if row["times_eager"] and row["provider"] != "eager" else ""
-    return f"{_time_of(row)}{ratio}"
-
-
-def _time_of(row: Row) -> str:
-    return _time(row["wall_ms"]) + (f" {WIDE_MARK}" if record.is_wide(row) else "")
-
-
-def _of_floor(row: Row) -> str:
-    """The floor is the longer of the times of the bytes and of the exponentials; a dash where one was not measured."""
-    shares = [row.get("percent_of_copy"), row.get("percent_of_exp2")]
-    return f"{max(float(share) for share in shares if share):.0f} %" if all(shares) else "-"
-
-
-def _of_matmul(row: Row) -> str:
-    return f"{float(row['percent_of_matmul']):.0f} %" if row.get("percent_of_matmul") else "-"
-
-
-def _memory(found: dict[str, Row], others: Sequence[str]) -> str:
-    """fastkd's beside the inputs and the gradients, and that of others."""
-    extra = {name: found.get(name, {}).get("extra_mib") for name in ("fastkd", *others)}
-    beside = ", ".join(f"{name} {float(mib):.0f}" for name, mib in extra.items() if mib and name != "fastkd")
-    return f"{float(extra['fastkd']):.0f} MiB ({beside})" if extra["fastkd"] and beside else ""
-
-
-def _size_of_logits(row: Row) -> str:
-    return f"{row['rows']} x {int(row['vocab']):,} {row['dtype']}"
-
-
-def _size_of_heads(row: Row) -> str:
-    hidden = " / ".join(dict.fromkeys((row["hidden"], row["teacher_hidden"])))
-    frozen = ", student's frozen" if row["mode"] == FROZEN else ""
-    return f"{row['rows']} x {hidden} x {int(row['vocab']):,} {row['dtype']}{frozen}"
-
-
-LOGITS = Family(
-    problem=("machine", "threads", "dtype", "divergence", "mode", "rows", "vocab"),
-    providers={
-        "eager": "eager",
-        "compiled": "compiled",
-        "liger": "Liger",
-        "fastkd": "fastkd",
-        "fastkd-overwrite": "fastkd, overwriting",
-    },
-    headings=("loss", "logits", "of floor", "extra memory"),
-    size=_size_of_logits,
-    share=_of_floor,
-    beside=("eager",),
-)
-HEADS = Family(
-    problem=(
-        *("machine", "threads", "dtype", "divergence", "hard_term", "workspace_mib", "hidden", "teacher_hidden"),
-        *("mode", "rows", "vocab"),
-    ),
-    providers={
-        "eager": "eager",
-        "compiled": "compiled",
-        "linear-cross-entropy": "linear_cross_entropy",
-        "liger-fused": "Liger, fused",
-        "liger-chunked": "Liger, chunked",
-        "fastkd": "fastkd",
-        "fastkd-float32": "fastkd, float32",
-    },
-    headings=("loss", "heads", "of matmuls", "extra memory"),
-    size=_size_of_heads,
-    share=_of_matmul,
-    beside=("eager", "compiled"),
-)
+def _tables(rows: Sequence[Row], family: Family, caption: Callable[[str, Sequence[Row]], str]) -> list[str]:
+    """One for each machine, and what is to be said of it."""
+    parts = []
+    for machine in dict.fromkeys(machine_of(row) for row in rows):
+        here = [row for row in rows if machine_of(row) == machine]
+        parts += [table(here, family), caption(machine, here)]
+    return parts
 
 
 def _tails_table(rows: Sequence[Row]) -> str:
@@ -251,7 +140,7 @@ def _caption(machine: str, rows: Sequence[Row], calls: Sequence[Row]) -> str:
     if {"eager", "fastkd"} <= one_call.keys():
         ours, eager = one_call["fastkd"], one_call["eager"]
         ratio = float(ours["wall_ms"]) / float(eager["wall_ms"])
-        text += f" One call on 8 x 10 logits: {_time_of(ours)}, {ratio:.2f} of eager's {_time_of(eager)}."
+        text += f" One call on 8 x 10 logits: {time_of(ours)}, {ratio:.2f} of eager's {time_of(eager)}."
     return text + (_wide_note() if WIDE_MARK in text or any(map(record.is_wide, rows)) else "")
 
 
@@ -269,6 +158,25 @@ def _head_caption(machine: str, rows: Sequence[Row]) -> str:
             "and once more for the labels."
         )
     return f"{text} {_commands(rows)}" + (_wide_note() if any(map(record.is_wide, rows)) else "")
+
+
+def _relation_caption(machine: str, rows: Sequence[Row]) -> str:
+    text = (
+        "Losses on the features of a batch, rows x width (student / teacher); eager is the published code. "
+        f"{_circumstances(machine, rows)} Extra memory is beside the features and the gradient. {_commands(rows)}"
+    )
+    return text + (_wide_note() if any(map(record.is_wide, rows)) else "")
+
+
+def _attention_caption(machine: str, rows: Sequence[Row]) -> str:
+    text = (
+        "From queries and keys, batch x heads x tokens x dim of both models, to the gradients of the student's two. "
+        f"{_circumstances(machine, rows)} Of matmuls: what part of its time the four products take that no "
+        "implementation can do without, measured in the same runs "
+        f"({_range(rows, 'matmul_gflop_per_s', 'GFLOP/s')}); fastkd makes the scores twice instead of keeping them, "
+        f"which is two products more. Extra memory is beside the inputs and the gradients. {_commands(rows)}"
+    )
+    return text + (_wide_note() if any(map(record.is_wide, rows)) else "")
 
 
 def _circumstances(machine: str, rows: Sequence[Row]) -> str:
@@ -301,29 +209,11 @@ def _range(rows: Sequence[Row], field: str, unit: str) -> str:
     return f"{low} {unit}" if low == high else f"{low} to {high} {unit}"
 
 
-def _time(milliseconds: str) -> str:
-    value = float(milliseconds)
-    return f"{value:.3g} ms" if value < 1000 and value >= 0.1 else _other_unit(value)
-
-
-def _other_unit(milliseconds: float) -> str:
-    return f"{milliseconds / 1e3:.2f} s" if milliseconds >= 1000 else f"{milliseconds * 1e3:.1f} us"
-
-
-def _machine(row: Row) -> str:
-    return row["machine"] + (f", {row['threads']} threads" if row["device"] == "cpu" else "")
-
-
-def _order(problem: tuple[str, ...]) -> tuple[object, ...]:
-    *names, rows, vocab = problem
-    return *names, int(vocab), int(rows)
-
-
 def _panels(rows: Sequence[Row]) -> dict[str, list[Row]]:
     panels: dict[str, list[Row]] = {}
     for row in rows:
         if row["mode"] == TRAINING and row["divergence"] == PLOTTED:
-            panels.setdefault(f"{_machine(row)}, {row['dtype']}", []).append(row)
+            panels.setdefault(f"{machine_of(row)}, {row['dtype']}", []).append(row)
     return panels
 
 

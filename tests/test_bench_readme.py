@@ -177,3 +177,28 @@ def test_readme_of_this_checkout() -> None:
     if not list(record.RESULTS.glob("kd-*.csv")):
         pytest.skip("no rows have been measured yet")
     assert readme.main(["--check"]) == 0
+
+
+def test_tables_of_relations_and_of_attention(house: Path) -> None:
+    features = {"loss": "rkd-angle", "rows": 1024, "width": 64, "teacher_width": 128, "vocab": ""}
+    relation = [
+        sample_row(name, 0, milliseconds) | features | {"extra_mib": mib, "command": "python bench/run.py relation"}
+        for name, milliseconds, mib in (("eager", 600, 1470), ("fastkd", 3, 2), ("fastkd-prepared", 2, 1))
+    ]
+    shape = {"batch": 1, "heads": 8, "tokens": 4096, "dim": 64, "causal": "yes", "percent_of_matmul": 61.6}
+    shape |= {"matmul_gflop_per_s": 160, "command": "python bench/run.py attention"}
+    attention = [sample_row(name, 0, milliseconds) | shape for name, milliseconds in (("eager", 600), ("fastkd", 150))]
+    record.append(house / "results" / "relation-abacus-9.csv", relation)
+    record.append(house / "results" / "attention-abacus-9.csv", attention)
+    write_readme(house)
+    text = (house / "README.md").read_text()
+    assert (
+        "| loss | features | eager | fastkd | fastkd, teacher prepared | extra memory |\n"
+        "| --- | --- | ---: | ---: | ---: | ---: |\n"
+        "| `rkd-angle` | 1,024 x 64 / 128 float32 | 600 ms | 3 ms (200.0x) | 2 ms (300.0x) | 2 MiB (eager 1470) |\n"
+    ) in text
+    row = "| `attention_kl_loss` | 1 x 8 x 4,096 x 64 float32, causal | 600 ms | 150 ms (4.0x) | 62 % |"
+    assert row in text
+    for said in ("`python bench/run.py relation`", "`python bench/run.py attention`", "(160 GFLOP/s)"):
+        assert said in text
+    assert write_readme(house, "--check") == 0

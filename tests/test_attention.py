@@ -64,7 +64,7 @@ def test_float32_is_good_enough_to_set_the_bar(name: str) -> None:
         assert float(bound.max()) <= 2**-16 * float(value.abs().max().clamp(min=1e-3))
 
 
-@pytest.mark.few_interpreted(4)
+@pytest.mark.few_interpreted(5)
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_exact(impl: str, name: str, dtype: torch.dtype) -> None:
@@ -84,7 +84,7 @@ def test_exact_over_several_tiles(impl: str, name: str, dtype: torch.dtype) -> N
 def test_several_threads(threads: int) -> None:
     """Few heads in parts, whose keys' gradients are added up in one order."""
     torch.set_num_threads(threads)
-    for problem in (LARGE["large causal masked"], replace(LARGE["large itself"], heads=1, queries=999, keys=999)):
+    for problem in (LARGE["large causal masked"], replace(LARGE["large itself"], heads=1, queries=530, keys=530)):
         assert_exact("native", problem)
         first, second = (computed("native", problem.tensors(), problem.options()) for _ in range(2))
         assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
@@ -92,15 +92,16 @@ def test_several_threads(threads: int) -> None:
 
 def test_mixed_dtypes(impl: str) -> None:
     """Student and teacher in storage of their own."""
+    problem = replace(PLAIN, batch=1)
     for student, teacher in ((torch.float32, torch.bfloat16), (torch.float16, torch.float32)):
-        tensors = PLAIN.tensors(student)[:2] + PLAIN.tensors(teacher)[2:]
+        tensors = problem.tensors(student)[:2] + problem.tensors(teacher)[2:]
         got = computed(impl, tensors, {})
         exact, error = testing.exact_and_error(lambda *x: expected(x, {}), *tensors)
         for i in range(3):
             testing._check(i, got[i], exact[i], error[i], 256.0, 0.0)
 
 
-@pytest.mark.few_interpreted(2)
+@pytest.mark.few_interpreted(3)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "batchmean"])
 def test_reductions(impl: str, reduction: str) -> None:
     problem = replace(PLAIN, causal=True, masked=True)
@@ -143,7 +144,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.few_interpreted(2)
+@pytest.mark.few_interpreted(4)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(impl: str, layout: str) -> None:
     """The same bits, whatever memory the tensors are in; queries' gradient is laid out as they are."""
@@ -155,6 +156,7 @@ def test_layouts(impl: str, layout: str) -> None:
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
+@pytest.mark.few_interpreted(2)
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)])
 def test_one_gradient_alone(impl: str, wanted: tuple[bool, bool]) -> None:
     device = "cuda" if impl == "triton" and torch.cuda.is_available() else "cpu"

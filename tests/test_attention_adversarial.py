@@ -15,6 +15,7 @@ from fastkd import testing
 
 INF, NAN = float("inf"), float("nan")
 CAUSAL = replace(PLAIN, causal=True)
+ONE = replace(PLAIN, batch=1)  # enough where sequences do not matter, and interpreters take their time
 
 
 def assert_judged(impl: str, tensors: tuple[Tensor, ...], **options: Any) -> tuple[Tensor, ...]:
@@ -28,7 +29,7 @@ def assert_judged(impl: str, tensors: tuple[Tensor, ...], **options: Any) -> tup
 @pytest.mark.few_interpreted(2)
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 def test_teacher_equal_to_student(impl: str, dtype: torch.dtype) -> None:
-    q, k = replace(PLAIN, sharp=4.0).tensors(dtype)[:2]
+    q, k = replace(ONE, sharp=4.0).tensors(dtype)[:2]
     losses, *gradients = computed(impl, (q, k, q.clone(), k.clone()), {"causal": True})
     assert float(losses.abs().max()) < 1e-6
     assert not any(bool(x.any()) for x in gradients), "p - p is 0, and nothing is left of it"
@@ -36,7 +37,7 @@ def test_teacher_equal_to_student(impl: str, dtype: torch.dtype) -> None:
 
 def test_gaps_of_1e4(impl: str) -> None:
     """One key far above the others, on either side: one-hot attention."""
-    q_s, k_s, q_t, k_t = PLAIN.tensors()
+    q_s, k_s, q_t, k_t = ONE.tensors()
     q_s[..., 0], k_s[..., 3, 0] = 100.0, 280.0
     q_t[..., 0], k_t[..., 7, 0] = 100.0, 340.0
     losses, *_ = assert_judged(impl, (q_s, k_s, q_t, k_t))
@@ -47,7 +48,7 @@ def test_gaps_of_1e4(impl: str) -> None:
 
 def test_far_scores_that_differ_little(impl: str) -> None:
     """Maxima and logarithms of sums are kept apart: added, they would lose what the scores differ by."""
-    q_s, k_s, q_t, k_t = PLAIN.tensors()
+    q_s, k_s, q_t, k_t = ONE.tensors()
     for q, k in ((q_s, k_s), (q_t, k_t)):
         q[..., 0], k[..., 0] = 64.0, 512.0
     assert_judged(impl, (q_s, k_s, q_t, k_t))
@@ -55,14 +56,14 @@ def test_far_scores_that_differ_little(impl: str) -> None:
 
 def test_largest_scores_so_late(impl: str) -> None:
     """Keys in ascending order of their scores: the running maxima move in every tile."""
-    q_s, k_s, q_t, k_t = (x.abs() for x in PLAIN.tensors())
+    q_s, k_s, q_t, k_t = (x.abs() for x in ONE.tensors())
     ramp = torch.linspace(0, 6, 21)[:, None]
     assert_judged(impl, (q_s, k_s + ramp, q_t, k_t + ramp), causal=True)
     assert_judged(impl, (q_s, k_s + ramp, q_t, k_t - ramp))
 
 
 def test_zero_queries(impl: str) -> None:
-    q_s, k_s, q_t, k_t = PLAIN.tensors()
+    q_s, k_s, q_t, k_t = ONE.tensors()
     assert_judged(impl, (torch.zeros_like(q_s), k_s, q_t, k_t))
     assert_judged(impl, (q_s, k_s, torch.zeros_like(q_t), k_t))
     losses, *gradients = computed(impl, (q_s * 0, k_s, q_t * 0, k_t), {})
@@ -72,11 +73,11 @@ def test_zero_queries(impl: str) -> None:
 
 def test_half_precision_at_its_limits(impl: str) -> None:
     """Products beyond float16's range."""
-    q_s, k_s, q_t, k_t = replace(PLAIN, dim=8, teacher_dim=8).tensors(torch.float16)
+    q_s, k_s, q_t, k_t = replace(ONE, dim=8, teacher_dim=8).tensors(torch.float16)
     assert_judged(impl, (q_s * 250, k_s * 2000, q_t * 4000, k_t * 100), scale=1e-5, teacher_scale=2e-5)
 
 
-@pytest.mark.few_interpreted(2)
+@pytest.mark.few_interpreted(3)
 @pytest.mark.parametrize("masks", [("key_mask",), ("query_mask",), ("key_mask", "query_mask")])
 @pytest.mark.parametrize("causal", [False, True])
 def test_what_masks_drop_may_hold_anything(impl: str, causal: bool, masks: tuple[str, ...]) -> None:
@@ -101,7 +102,7 @@ def test_what_masks_drop_may_hold_anything(impl: str, causal: bool, masks: tuple
 @pytest.mark.parametrize("causal", [True, False])
 def test_everything_masked(impl: str, causal: bool) -> None:
     """Of one sequence, so that the other counts as if it were alone; and of both."""
-    tensors = replace(PLAIN, causal=causal).tensors()
+    tensors = replace(PLAIN, heads=1, student_groups=1, teacher_groups=1).tensors()
     mask = torch.tensor([[False], [True]]).expand(2, 21)
     for name in ("key_mask", "query_mask"):
         got = computed(impl, tensors, {"causal": causal, name: mask})
@@ -114,7 +115,7 @@ def test_everything_masked(impl: str, causal: bool) -> None:
         assert not any(bool(x.any()) for x in computed(impl, tensors, {"causal": causal, name: mask & False}))
 
 
-@pytest.mark.few_interpreted(3)
+@pytest.mark.few_interpreted(5)
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_a_query_of_nan_harms_no_other(impl: str, side: str, poison: float) -> None:
@@ -133,7 +134,7 @@ def test_a_query_of_nan_harms_no_other(impl: str, side: str, poison: float) -> N
     assert torch.equal(of_keys[1, 1], want[2][1, 1])
 
 
-@pytest.mark.few_interpreted(3)
+@pytest.mark.few_interpreted(5)
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_a_key_of_nan_harms_those_that_see_it(impl: str, side: str, poison: float) -> None:
@@ -177,8 +178,8 @@ def test_no_row_counts(impl: str, reduction: str) -> None:
 
 def test_gradients_are_bounded(impl: str) -> None:
     """|dL/dq| <= 2 scale max |k|, whatever the scores are."""
-    q_s, k_s, q_t, k_t = PLAIN.tensors()
-    for spread in (1e-6, 1.0, 1e3):
+    q_s, k_s, q_t, k_t = ONE.tensors()
+    for spread in (1e3, 1e-6):
         losses, of_queries, _ = computed(impl, (q_s * spread, k_s, q_t, k_t * spread), {"scale": 1.0})
         assert bool((losses >= -1e-6).all())
         assert bool(losses.isfinite().all())

@@ -16,7 +16,6 @@ import torch
 import triton
 from torch import Tensor
 
-from . import matmul
 from .attention_gradients import key_gradients, query_gradients
 from .attention_values import row_values
 from .logit import _running_on
@@ -38,14 +37,14 @@ class Tile(NamedTuple):
 
 
 # Chosen by what the compiler reports (registers, shared memory), and not yet by a clock.
-VALUES = Tile(64, 64, 64, 0, warps=4, stages=2)
+VALUES = Tile(64, 32, 64, 0, warps=4, stages=2)
 QUERIES = Tile(64, 32, 64, 64, warps=8, stages=2)
 KEYS = Tile(64, 32, 64, 64, warps=8, stages=2)
-EXACT_VALUES = Tile(64, 32, 16, 0, warps=4, stages=2)  # float32
+EXACT_VALUES = Tile(64, 32, 16, 0, warps=8, stages=2)  # float32
 EXACT_QUERIES = Tile(64, 32, 16, 32, warps=4, stages=2)
 EXACT_KEYS = Tile(32, 32, 16, 32, warps=8, stages=2)
 TINY = Tile(16, 16, 16, 16, warps=1, stages=1)  # for the interpreter
-FEW_BYTES, SHORT = 128 * 1024, 64  # of shared memory; with fewer, longer heads leave no registers to read ahead
+SHORT = 64  # longer heads leave a gradient no registers to read ahead
 HELD, EXACT_HELD = 128, 64  # the largest head whose tokens a program holds; those of others it reads again
 LEAST = 16  # of what tensor cores multiply
 
@@ -180,9 +179,8 @@ def _tile(rows: Any, narrow: Tile, wide: Tile) -> Tile:
         return TINY
     if _is_wide(rows):
         return wide
-    dim = max(rows.student_queries.shape[3], rows.teacher_queries.shape[3])
-    short = dim <= SHORT or matmul._shared_memory(rows.student_queries.device) >= FEW_BYTES
-    return narrow if short else narrow._replace(stages=1)
+    long = max(rows.student_queries.shape[3], rows.teacher_queries.shape[3]) > SHORT
+    return narrow._replace(stages=1) if long and narrow.slice else narrow
 
 
 def _piece(largest: int, dim: int) -> int:

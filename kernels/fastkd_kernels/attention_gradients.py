@@ -60,6 +60,22 @@ def write(
     tl.store(at, narrow(total, out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def rows_that_see(first, queries, counts, CAUSAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Of the keys from ``first`` on: where the rows begin that see any, and where those that see all begin and end.
+
+    The tiles before and after the latter are ragged; where rows are masked all are.
+    """
+    begin, whole, end = 0, 0, queries // BM * BM
+    if CAUSAL:
+        begin = first // BM * BM
+        whole = tl.minimum(tl.cdiv(first + BN - 1, BM) * BM, queries)
+    end = tl.maximum(whole, end)
+    if counts is not None:
+        end = whole
+    return begin, whole, end
+
+
 @triton.jit(**FREE)
 def query_gradients(
     q_s, q_s_batch, q_s_head, q_s_token, k_s, k_s_batch, k_s_head, k_s_token,
@@ -139,13 +155,7 @@ def key_gradients(
     rows = tl.num_programs(0).to(tl.int64) // slices // blocks * student_sharing * queries
 
     total = tl.zeros((BN, BO), tl.float32)
-    begin, whole, end = 0, 0, queries // BM * BM
-    if CAUSAL:
-        begin = first // BM * BM
-        whole = tl.minimum(tl.cdiv(first + BN - 1, BM) * BM, queries)
-    end = tl.maximum(whole, end)
-    if counts is not None:
-        end = whole
+    begin, whole, end = rows_that_see(first, queries, counts, CAUSAL, BM, BN)
     for i in range(student_sharing):
         head = group * student_sharing + i
         head_s = head_of(batch, head, q_s_batch, q_s_head)
@@ -160,7 +170,6 @@ def key_gradients(
             theirs = row_numbers(numbers, weight, mine + row, row < queries, rows, scale, teacher_scale)
             right = piece(q_s, head_s, row, part, row, q_s_token, D, BO, ALIGNED, False)
             total = add_product(tl.trans(slopes_of(s, t, theirs)), right, total)
-        # The ragged ones: those at the diagonal, and those at the end, which under a mask are all.
         diagonal = tl.cdiv(whole - begin, BM)
         for j in tl.range(0, diagonal + tl.cdiv(queries - end, BM), num_stages=1):
             m = tl.where(j < diagonal, begin + j * BM, end + (j - diagonal) * BM)

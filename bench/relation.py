@@ -8,6 +8,7 @@ the eager formula in float64; all are compared at full size with fastkd's own fl
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -34,12 +35,22 @@ class Relation(NamedTuple):
     naive: Loss  # student, teacher
     ours: Loss
     shapes: tuple[tuple[int, int, int], ...]  # N, D and the teacher's D
+    positions: tuple[int, ...] = ()  # of maps (N, D, *positions)
 
 
 RELATIONS = {
     "rkd-angle": Relation(relation_eager.rkd_angle, fastkd.rkd_angle_loss, ((64, 512, 512), (256, 512, 512))),
     "rkd-distance": Relation(relation_eager.rkd_distance, fastkd.rkd_distance_loss, ((256, 512, 512),)),
     "pkt": Relation(relation_eager.pkt, fastkd.pkt_loss, ((256, 512, 512),)),
+    "gram": Relation(relation_eager.gram, fastkd.gram_loss, ((4096, 128, 128), (256, 512, 512))),
+    "similarity-preserving": Relation(
+        relation_eager.similarity_preserving, fastkd.similarity_preserving_loss, ((4096, 128, 128), (256, 512, 512))
+    ),
+    "cka": Relation(relation_eager.cka, fastkd.cka_loss, ((4096, 128, 128), (256, 512, 512))),
+    "nst": Relation(relation_eager.nst, fastkd.nst_loss, ((8, 256, 256),), (7, 7)),
+    "attention-transfer": Relation(
+        relation_eager.attention_transfer, fastkd.attention_transfer_loss, ((64, 256, 512),), (14, 14)
+    ),
 }
 
 
@@ -74,9 +85,11 @@ class Problem:
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, device=device, generator=generator)
 
-        student = normal(n, d)
-        teacher = student @ normal(d, d_teacher) / d**0.5 + normal(n, d_teacher)
         self.name, self.relation, self.impl = name, RELATIONS[name], impl
+        positions = self.relation.positions
+        student = normal(n, d, *positions)
+        related = (student.movedim(1, -1) @ normal(d, d_teacher)).movedim(-1, 1) / d**0.5
+        teacher = related + normal(n, d_teacher, *positions)
         self.student, self.teacher = student.to(dtype).requires_grad_(), teacher.to(dtype)
         self.prepared = fastkd.prepare_teacher(self.teacher)
         self.exact = with_gradient(self.relation.ours, self.student.double(), self.teacher.double())
@@ -93,7 +106,8 @@ class Problem:
                 raise Wrong(f"{contender.name}: gradient is off by {error:.1e} of its norm, the bar is {bar + own:.0e}")
 
     def check_first_rows(self, loss: Loss) -> None:
-        first = slice(min(len(self.student), FIRST_ROWS))
+        rows = max(2, FIRST_ROWS // math.prod(self.relation.positions))  # eager code is large where there are positions
+        first = slice(min(len(self.student), rows))
         student, teacher = self.student.detach()[first], self.teacher[first]
         value, grad = with_gradient(loss, student, teacher)
 

@@ -43,3 +43,34 @@ def pkt(student: Tensor, teacher: Tensor) -> Tensor:
 
     p, q = probabilities(student), probabilities(teacher)
     return (q * ((q + 1e-7) / (p + 1e-7)).log()).mean()
+
+
+def gram(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.mse_loss(student @ student.T, teacher @ teacher.T)
+
+
+def similarity_preserving(student: Tensor, teacher: Tensor) -> Tensor:
+    g, h = F.normalize(student @ student.T, dim=1), F.normalize(teacher @ teacher.T, dim=1)
+    return (g - h).square().sum() / len(student) ** 2
+
+
+def cka(student: Tensor, teacher: Tensor) -> Tensor:
+    """Of the N x N matrices, as their users compute it for kernels of any kind."""
+    s, t = student - student.mean(0), teacher - teacher.mean(0)
+    g, h = s @ s.T, t @ t.T
+    return 1 - (g * h).sum() / (g.square().sum().sqrt() * h.square().sum().sqrt())  # norm() is off by 1e-3 here
+
+
+def nst(student: Tensor, teacher: Tensor) -> Tensor:
+    """Every channel against every other, (N, C, C, positions)."""
+    s, t = F.normalize(student.flatten(2), dim=2), F.normalize(teacher.flatten(2), dim=2)
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a.unsqueeze(1) * b.unsqueeze(2)).sum(-1).square().mean()
+
+    return kernel(t, t) + kernel(s, s) - 2 * kernel(s, t)
+
+
+def attention_transfer(student: Tensor, teacher: Tensor) -> Tensor:
+    s, t = (F.normalize(x.square().mean(1).flatten(1)) for x in (student, teacher))
+    return (s - t).square().mean()

@@ -88,14 +88,13 @@ def _first(op: str, device: torch.device, dtypes: Dtypes) -> tuple[str, str | No
         if reason is None or (name == "native" and reason == native.wrong_setting()):
             return name, reason
     # Nobody can. Of those that could elsewhere the first says why.
-    written = (name for name in ORDER if _unwritten(f"{PACKAGES[name]}.{OPERATIONS[op]}") is None)
-    name = next(written, ORDER[0])
+    name = next(iter(_written(op)), ORDER[0])
     return name, _refusal(op, name, device, dtypes)
 
 
 def _pinned(op: str, impl: str, device: torch.device, dtypes: Dtypes) -> ModuleType:
     if impl not in ORDER:
-        raise ValueError(f"{op}: impl must be one of {', '.join(ORDER)}, got {impl!r}")
+        raise ValueError(f"{op}: impl must be one of {', '.join(_written(op))}, got {impl!r}")
     reason = _refusal(op, impl, device, dtypes, pinned=True)
     if reason is not None:
         others = ", ".join(name for name in ORDER if _refusal(op, name, device, dtypes, pinned=True) is None)
@@ -120,6 +119,10 @@ def _say_once(message: str) -> None:
 def _refusal(op: str, name: str, device: torch.device, dtypes: Dtypes, pinned: bool = False) -> str | None:
     """Why an implementation does not compute an operation on such tensors, or None if it does."""
     return _unwritten(f"{PACKAGES[name]}.{OPERATIONS[op]}") or _REFUSALS[name](device, dtypes, pinned)
+
+
+def _written(op: str) -> list[str]:
+    return [name for name in ORDER if _unwritten(f"{PACKAGES[name]}.{OPERATIONS[op]}") is None]
 
 
 def _unwritten(module: str) -> str | None:
@@ -149,7 +152,7 @@ def _refuse_nothing(device: torch.device, dtypes: Dtypes, pinned: bool) -> str |
 
 def _wide(dtypes: Dtypes) -> str | None:
     wide = next((dtype for dtype in dtypes if dtype not in _STORAGE), None)
-    return None if wide is None else f"{str(wide).removeprefix('torch.')} is computed by the reference alone"
+    return None if wide is None else f"no kernel computes {str(wide).removeprefix('torch.')}"
 
 
 def _missing_triton() -> str | None:
@@ -185,7 +188,7 @@ def explain(op: str | None = None, *tensors: Tensor) -> None:
         >>> explain("kd_loss", torch.zeros(2, 3, dtype=torch.float64))
         kd_loss
           triton     the tensors are on cpu, Triton kernels need a CUDA device
-          native     float64 is computed by the reference alone
+          native     no kernel computes float64
           algebra    there is no fastkd.algebra.logit
           reference  ok <- runs
     """

@@ -50,7 +50,7 @@ def check(impl: str, case: str, rows: int, vocabulary: int, logits: str, dtype: 
         assert float(exact[1].abs().max()) > 1e-4, "the expected gradient is next to nothing: the test could not fail"
 
 
-@pytest.mark.few_interpreted(7)
+@pytest.mark.few_interpreted(13)
 @pytest.mark.parametrize("logits", ["peaked", "flat"])
 @pytest.mark.parametrize("dtype", STORAGE, ids=str)
 @pytest.mark.parametrize("case", CASES)
@@ -106,7 +106,7 @@ def test_labels_on_the_edges_of_tiles(impl: str, case: str, dtype: torch.dtype) 
     )
 
 
-@pytest.mark.few_interpreted(4)
+@pytest.mark.few_interpreted(6)
 @pytest.mark.parametrize("case", CASES)
 def test_targets_of_every_certainty(impl: str, case: str) -> None:
     """From no chance to certain, on either side: 1 - q_y keeps its digits."""

@@ -16,7 +16,7 @@ from fastkd import Head
 from fastkd.testing import assert_as_exact_as_fp32, peaked_logits
 
 N, V = 5, 43
-pytestmark = pytest.mark.few_interpreted(3)
+pytestmark = pytest.mark.few_interpreted(7)
 LOSSES = {"dkd_loss": fastkd.dkd_loss, "nkd_loss": fastkd.nkd_loss}
 CALLS = {
     "dkd": lambda s, t, y, **options: fastkd.dkd_loss(s, t, y, **options),
@@ -276,7 +276,7 @@ def test_autocast_and_inference_mode(impl: str, problem: tuple[Tensor, Tensor, T
 
 
 def test_same_bits_twice(impl: str) -> None:
-    student, teacher, target = tensors(5, 97 if impl == "triton" else 301, "peaked", torch.float32)
+    student, teacher, target = tensors(5, 45 if impl == "triton" else 301, "peaked", torch.float32)
     for case in ("dkd", "nkd_at_2"):
         first, second = (evaluate(impl, case, student, teacher, target) for _ in range(2))
         assert torch.equal(first[0], second[0])

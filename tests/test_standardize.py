@@ -20,7 +20,7 @@ INF, NAN = float("inf"), float("nan")
 N, V = 4, 37
 EVERY = [divergence for divergence in DIVERGENCES if divergence != "mse"]
 SOME = ("forward_kl", "reverse_kl", "jsd")  # one pass, two passes, and one whose pieces are the hardest
-pytestmark = pytest.mark.few_interpreted(4)
+pytestmark = pytest.mark.few_interpreted(11)
 
 
 def published(logits: Tensor) -> Tensor:
@@ -88,12 +88,12 @@ def test_rows_longer_than_a_tile(impl: str, divergence: str) -> None:
 def test_constant_rows(impl: str, divergence: str, dtype: torch.dtype) -> None:
     """z is 0 there; the published slope is 5.7e5 and has no bound, here it is 0. 0.3 is no float, and its mean may be
     another."""
-    student, teacher = torch.full((N, 101), 0.3, dtype=dtype), testing.flat_logits(N, 101, seed=2, dtype=dtype)
+    student, teacher = torch.full((N, 61), 0.3, dtype=dtype), testing.flat_logits(N, 61, seed=2, dtype=dtype)
     student[3] = -teacher[3]
     loss, grad = run(impl, student, teacher, divergence=divergence)
     assert bool((grad[:3] == 0).all())
     assert float(grad[3].abs().max()) > 1e-3
-    want, _ = run("reference", torch.zeros(N, 101).double(), teacher.double(), divergence=divergence)
+    want, _ = run("reference", torch.zeros(N, 61).double(), teacher.double(), divergence=divergence)
     torch.testing.assert_close(loss[:3].double(), want[:3], rtol=1e-5, atol=1e-6)
     loss, grad = run(impl, teacher, student, divergence=divergence)
     assert bool(loss.isfinite().all())

@@ -128,14 +128,14 @@ class Largest(TorchDispatchMode):
 
 
 def test_angles_need_no_array_of_all_angles() -> None:
-    """Of 300 rows they are 27 million; of 1024 a billion."""
-    student, teacher = flat(300, 5), flat(300, 7, 1)
+    """Of 180 rows they are 6 million; of 1024 a billion."""
+    student, teacher = flat(180, 5), flat(180, 7, 1)
     with Largest() as largest:
         exact = call(fastkd.rkd_angle_loss, student, teacher, impl="algebra")
     assert largest.numel <= 2**22
     with Largest() as largest:
         got = call(fastkd.rkd_angle_loss, student, teacher, impl="native")
-    assert largest.numel == 300**2
+    assert largest.numel == 180**2
     torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-10)
 
 
@@ -146,11 +146,10 @@ def test_a_thousand_rows() -> None:
 
     def run() -> tuple[Tensor, ...]:
         value = fastkd.rkd_angle_loss(student, teacher, impl="native")
-        return value.detach(), *torch.autograd.grad(value, student)
+        (grad,) = torch.autograd.grad(value, student)
+        assert 0 < value < 0.5
+        assert grad.isfinite().all()
+        return value.detach(), grad
 
-    value, grad = run()
-    assert 0 < value < 0.5
-    assert grad.isfinite().all()
     peak = memory.peak(Contender("fastkd", run), torch.device("cpu"), ())
-    if peak is not None:
-        assert peak.beside_inputs < 14 * 1024**2 * 8
+    assert peak is None or peak.beside_inputs < 14 * 1024**2 * 8

@@ -8,7 +8,7 @@
 #include "cpu/pairs_matrix.h"
 #include "cpu/topk_rows.h"
 #ifdef FASTKD_WITH_CUDA
-#include "cuda/device.h"
+#include "bindings_cuda.h"
 #endif
 
 namespace py = pybind11;
@@ -249,7 +249,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("attention_map_loss", &attention_transfer);
 #ifdef FASTKD_WITH_CUDA
     m.attr("cuda_architectures") = FASTKD_WITH_CUDA;
-    m.def("cuda_device_count", &cuda_device_count);
+    cuda::bind(m);
 #else
     m.attr("cuda_architectures") = "";
 #endif

@@ -120,3 +120,35 @@ def attention_map_loss(
 
 # Only where the extension was built with CUDA.
 def cuda_device_count() -> int: ...
+
+# csrc/cuda/pairs.h. Last comes the stream. (squares of the student, of the teacher, their sums) and (rows, squares of
+# their lengths, how many) are tuples.
+def cuda_squared_distances(
+    products: int, x: tuple[int, int, int], y: tuple[int, int, int], d: int, own: bool, squares: int, stream: int, /
+) -> None: ...
+def cuda_pull(weights: int, x: int, n: int, y: int, m: int, d: int, out: int, stream: int, /) -> None: ...
+def cuda_distance_loss_scratch(n: int, /) -> int: ...
+def cuda_distance_loss(
+    squares: tuple[int, ...],
+    n: int,
+    coincident: float,
+    delta: float,
+    loss: int,
+    slopes: int,
+    scratch: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_angle_loss_scratch(n: int, gradient: bool, slab_bytes: int, /) -> int: ...
+def cuda_angle_loss(
+    squares: tuple[int, ...],
+    n: int,
+    coincident: float,
+    delta: float,
+    loss: int,
+    slopes: int,
+    slab_bytes: int,
+    scratch: int,
+    stream: int,
+    /,
+) -> None: ...

@@ -58,6 +58,7 @@ OPERATIONS = {
     "nst_loss": "nst",
 }
 ANYWHERE = ("algebra", "reference")  # made of torch's operations: no device and no dtype is refused
+ON_CUDA = ("rkd", "distance")  # families whose native file has CUDA kernels, too
 LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 _STORAGE = frozenset((torch.float16, torch.bfloat16, torch.float32))
 
@@ -118,7 +119,10 @@ def _say_once(message: str) -> None:
 
 def _refusal(op: str, name: str, device: torch.device, dtypes: Dtypes, pinned: bool = False) -> str | None:
     """Why an implementation does not compute an operation on such tensors, or None if it does."""
-    return _unwritten(f"{PACKAGES[name]}.{OPERATIONS[op]}") or _REFUSALS[name](device, dtypes, pinned)
+    family = OPERATIONS[op]
+    on_cuda = name == "native" and device.type == "cuda" and family in ON_CUDA
+    refuse = _refuse_native_on_cuda if on_cuda else _REFUSALS[name]
+    return _unwritten(f"{PACKAGES[name]}.{family}") or refuse(device, dtypes, pinned)
 
 
 def _written(op: str) -> list[str]:
@@ -144,6 +148,10 @@ def _refuse_native(device: torch.device, dtypes: Dtypes, pinned: bool) -> str | 
     if device.type != "cpu":
         return f"the tensors are on {device.type}, the C++ kernels run on the CPU"
     return _wide(dtypes) or native.missing()
+
+
+def _refuse_native_on_cuda(device: torch.device, dtypes: Dtypes, pinned: bool) -> str | None:
+    return _wide(dtypes) or native.missing_on_cuda(device)
 
 
 def _refuse_nothing(device: torch.device, dtypes: Dtypes, pinned: bool) -> str | None:

@@ -1,8 +1,12 @@
 #pragma once
 
-namespace fastkd {
+namespace fastkd::cuda {
 
 // How many CUDA devices the driver shows, or minus the CUDA error: -35 where the driver is missing or too old.
-int cuda_device_count();
+int device_count();
 
-}  // namespace fastkd
+// What CUDA calls an error, and what it says of it.
+const char* error_name(int error);
+const char* error_text(int error);
+
+}  // namespace fastkd::cuda

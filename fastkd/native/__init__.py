@@ -6,7 +6,7 @@ import importlib
 import sys
 from types import ModuleType
 
-import torch  # noqa: F401  (its OpenMP runtime has to be in the process before ours is looked up: one pool of threads)
+import torch
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -34,6 +34,25 @@ def wrong_setting() -> str | None:
     except RuntimeError as error:
         return str(error)
     return None
+
+
+def missing_on_cuda(device: torch.device) -> str | None:
+    """Why the CUDA kernels cannot run on this device, or None if they can."""
+    if _extension is None:
+        return _reason
+    if not _extension.cuda_architectures:
+        return "the C++ extension was built without CUDA; with nvcc on the PATH, `pip install .` builds it"
+    if torch.version.cuda is None:
+        return "this torch is not built for CUDA"
+    count = _extension.cuda_device_count()
+    if count <= 0:
+        return f"the driver is missing, or too old for the C++ extension's CUDA kernels (CUDA error {-count})"
+    compiled = [divmod(int(name), 10) for name in _extension.cuda_architectures.split(",")]
+    major, minor = torch.cuda.get_device_capability(device)
+    # A binary runs on later minor versions; the last architecture is there in a form that later ones compile.
+    if (major, minor) >= compiled[-1] or any(major == one and minor >= other for one, other in compiled):
+        return None
+    return f"the CUDA kernels are compiled for {_extension.cuda_architectures}, and this device is {major}{minor}"
 
 
 def extension() -> ModuleType:

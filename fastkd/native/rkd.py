@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _pairs
 from .._features import Features, Result
-from . import extension
+from . import _pairs_cuda, extension
 from .logit import CPU
 
 _C = extension()
@@ -19,6 +19,8 @@ _C = extension()
 
 def rkd_distance_loss(student: Features, teacher: Features, gradient: bool, **options: Any) -> Result:
     """The student's rows stay float32, at half the price: no cosine magnifies an error of a distance here."""
+    if student.tensor.is_cuda:
+        return _pairs_cuda.rkd_distance_loss(student, teacher, gradient, **options)
     rows = student.tensor.float()
     if options["normalize_rows"] or rows.numel() == 0:
         return _pairs.loss_of(squares, distances, pull, student, teacher, gradient, power=2, **options)
@@ -36,11 +38,15 @@ def _scale(rows: Tensor) -> float:
 
 
 def rkd_angle_loss(student: Features, teacher: Features, gradient: bool, **options: Any) -> Result:
+    if student.tensor.is_cuda:
+        return _pairs_cuda.rkd_angle_loss(student, teacher, gradient, **options)
     return _pairs.loss_of(squares, angles, pull, student, teacher, gradient, power=3, **options)
 
 
 def squares(x: Tensor, y: Tensor | None = None) -> Tensor:
     """Of float32 or float64 rows."""
+    if x.is_cuda:
+        return _pairs_cuda.squares(x, y)
     n, width = x.shape
     m = n if y is None else y.shape[0]
     out = torch.empty(n, m, dtype=torch.float64, device=CPU)
@@ -52,6 +58,8 @@ def squares(x: Tensor, y: Tensor | None = None) -> Tensor:
 
 def pull(slopes: Tensor, x: Tensor, y: Tensor | None = None) -> Tensor:
     """In the dtype of the rows."""
+    if x.is_cuda:
+        return _pairs_cuda.pull(slopes, x, y)
     n, width = x.shape
     other = x if y is None else y
     slopes = slopes.to(x.dtype)

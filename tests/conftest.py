@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are decorated
 
 import pytest
+from cuda_emulation import Machine, build
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -46,6 +47,12 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture(scope="session")
+def cuda_on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    """csrc/cuda, compiled by gcc for a machine without a GPU."""
+    return Machine(build(tmp_path_factory.mktemp("cuda")))
 
 
 def implementations(names: Sequence[str]) -> list[Any]:

@@ -153,3 +153,43 @@ def test_nkd_without_the_others_is_weighted_cross_entropy(impl: str) -> None:
     for temperature in (1.0, 3.0):
         got = fastkd.nkd_loss(student, teacher, target, gamma=0.0, temperature=temperature, reduction="none", impl=impl)
         torch.testing.assert_close(got, p * F.cross_entropy(student, target, reduction="none"))
+
+
+@pytest.mark.parametrize("share", [0.0, 3.0])
+def test_without_the_target_the_state_means_the_same_everywhere(impl: str, share: float) -> None:
+    """One forward feeds another's backward, a hard term beside; a teacher of weight 0 is looked at all the same."""
+    from fastkd._dispatch import _module
+    from fastkd._rows import SOFT, LogitRows
+
+    student, teacher, target = tensors(4, 43, "flat", torch.float32)
+    student[2, 5], target[3] = -torch.inf, -100
+    rows = LogitRows(
+        student=student, teachers=(teacher,), target=target, row_weight=None, alpha=0.3, temperature=2.0,
+        teacher_temperature=(2.0,), teacher_weight=(share,), divisor=None, divergence="forward_kl", beta=0.0,
+        scale_by_t2=True, label_smoothing=0.0, z_loss=0.01, ignore_index=-100, shared=43, reduce=True, agreement=False,
+        overwrite=False, without_target=True, label_slope=torch.tensor([0.5, -0.25, 1.0, 0.0]),
+    )  # fmt: skip
+    here, there = _module(impl, "logit"), _module("reference", "logit")
+    (_, state, scale), (_, want_state, want_scale) = here.forward(rows), there.forward(rows)
+    torch.testing.assert_close(state, want_state, rtol=1e-5, atol=1e-5)
+    assert want_state[:, SOFT].isinf().tolist() == [False, False, share != 0, False]
+    above = torch.tensor(1.3)
+    want = there.backward(rows, want_state, want_scale, above)
+    torch.testing.assert_close(there.backward(rows, state, scale, above), want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(here.backward(rows, want_state, want_scale, above), want, rtol=1e-4, atol=1e-6)
+    assert bool((want[3] == 0).all())
+
+
+@pytest.mark.parametrize("case", ["dkd", "nkd_at_2"])
+def test_a_row_in_parts(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU few rows are shared out: to a part with the target, to others, and to one that is masked but for it."""
+    kernels = pytest.importorskip("fastkd_kernels.logit")
+    n = 20_011 if not ON_CPU else 151
+    student, teacher = testing.flat_logits(2, n, seed=1), testing.flat_logits(2, n, seed=2)
+    target = torch.tensor([n // 2, 5])
+    student[1, : n // 2], teacher[1, : n // 2] = -torch.inf, -torch.inf
+    student[1, 5], teacher[1, 5] = 3.0, 2.0
+    whole = evaluate("triton", case, student, teacher, target)
+    monkeypatch.setattr(kernels, "_parts", lambda *_: 3)
+    for got, want in zip(evaluate("triton", case, student, teacher, target), whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)

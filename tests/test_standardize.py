@@ -251,6 +251,41 @@ def test_compiled(impl: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(got, leaf), torch.autograd.grad(want, leaf))
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_the_state_means_the_same_everywhere(impl: str, divergence: str) -> None:
+    """One forward feeds another's backward; what is not looked at leaves zeros."""
+    from fastkd._dispatch import _module
+    from fastkd._rows import LogitRows
+
+    rows = LogitRows(
+        student=logits(1), teachers=(logits(2), logits(3)), target=torch.tensor([1, -100, 4, 0]), row_weight=None,
+        alpha=torch.tensor([0.3, 0.3, 1.0, 0.0]), temperature=2.0, teacher_temperature=(1.0, 2.0),
+        teacher_weight=torch.tensor([[0.5, 1.0], [1.0, 1.0], [1.0, 1.0], [0.0, 1.0]]), divisor=None,
+        divergence=divergence, beta=0.3, scale_by_t2=True, label_smoothing=0.1, z_loss=0.01, ignore_index=-100,
+        shared=V - 2, reduce=True, agreement=True, overwrite=False, standardize=True,
+    )  # fmt: skip
+    here, there = _module(impl, "logit"), _module("reference", "logit")
+    (_, state, scale), (_, want_state, want_scale) = here.forward(rows), there.forward(rows)
+    torch.testing.assert_close(state, want_state, rtol=1e-5, atol=1e-5)
+    upstream = torch.tensor(1.3)
+    want = there.backward(rows, want_state, want_scale, upstream)
+    torch.testing.assert_close(there.backward(rows, state, scale, upstream), want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(here.backward(rows, want_state, want_scale, upstream), want, rtol=1e-4, atol=1e-6)
+
+
+def test_a_row_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU few rows are shared out; the moments of the parts lie far apart, and one part is masked."""
+    kernels = pytest.importorskip("fastkd_kernels.logit")
+    n = 20_011 if torch.cuda.is_available() else 151
+    student, teacher = testing.flat_logits(2, n, seed=1), testing.flat_logits(2, n, seed=2)
+    student[:, n // 2 :] += 20
+    student[1, : n // 2], teacher[1, : n // 2] = -INF, -INF
+    whole = run("triton", student, teacher, temperature=2.0)
+    monkeypatch.setattr(kernels, "_parts", lambda *_: 3)
+    for got, want in zip(run("triton", student, teacher, temperature=2.0), whole, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
 HEAD = Head(torch.randn(8, 4), torch.randn(100, 4))
 S, T = torch.zeros(8, 100), torch.zeros(8, 100)
 TOPK = TopK(torch.zeros(8, 1, dtype=torch.long), torch.zeros(8, 1))

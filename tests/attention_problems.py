@@ -65,6 +65,7 @@ PROBLEMS = {
     "masked": replace(PLAIN, masked=True),
     "causal masked": replace(PLAIN, causal=True, masked=True),
     "grouped": replace(PLAIN, heads=4, teacher_groups=1, batch=1),
+    "grouped otherwise": replace(PLAIN, heads=4, student_groups=1, batch=1),
     "few queries": replace(PLAIN, queries=1, keys=37),
     "few keys": replace(PLAIN, queries=37, keys=1),
     "dim 1": replace(PLAIN, dim=1, teacher_dim=1),

@@ -79,6 +79,16 @@ def test_exact_over_several_tiles(impl: str, name: str, dtype: torch.dtype) -> N
     assert_exact(impl, LARGE[name], dtype)
 
 
+def test_exact_at_a_diagonal_that_crosses_several_tiles(impl: str) -> None:
+    """Keys that are seen whole, in part and not at all, of interpreted kernels too; so the next."""
+    alone = replace(PLAIN, batch=1, heads=1, student_groups=1, teacher_groups=1)
+    assert_exact(impl, replace(alone, queries=70, keys=70, causal=True))
+
+
+def test_exact_with_fewer_heads_of_keys_than_the_teacher(impl: str) -> None:
+    assert_exact(impl, replace(PROBLEMS["grouped otherwise"], queries=9, keys=9))
+
+
 @pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.native
 def test_several_threads(threads: int) -> None:

@@ -43,7 +43,7 @@ KEYS = Tile(64, 32, 64, 64, warps=8, stages=2)
 EXACT_VALUES = Tile(64, 32, 16, 0, warps=8, stages=2)  # float32
 EXACT_QUERIES = Tile(64, 32, 16, 32, warps=4, stages=2)
 EXACT_KEYS = Tile(32, 32, 16, 32, warps=8, stages=2)
-TINY = Tile(16, 16, 16, 16, warps=1, stages=1)  # for the interpreter
+TINY = Tile(32, 16, 16, 16, warps=1, stages=1)  # for the interpreter, and as tall as those above
 SHORT = 64  # longer heads leave a gradient no registers to read ahead
 HELD, EXACT_HELD = 128, 64  # the largest head whose tokens a program holds; those of others it reads again
 LEAST = 16  # of what tensor cores multiply

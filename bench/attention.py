@@ -21,8 +21,9 @@ from torch import Tensor
 import fastkd
 from bench import gate
 from bench.gate import Expected, Wrong
-from bench.kd import DTYPES, MODES, Unavailable, compile_now
+from bench.kd import DTYPES, MODES
 from bench.measure import Case, Contender
+from bench.providers import able, compile_now, implementation
 from fastkd import _dispatch
 from fastkd.testing import exact_and_error
 
@@ -218,17 +219,7 @@ def cases(args: argparse.Namespace, device: torch.device) -> Iterator[Case]:
 
 def case(arena: Arena, truth: Gate, mode: str, args: argparse.Namespace) -> Case:
     """Everyone who can run, checked."""
-    contenders, absent = [], {}
-    for name in args.providers:
-        try:
-            contender = _contender(name, arena, mode, args.impl)
-            truth.check(contender)
-        except Unavailable as reason:
-            absent[name] = str(reason)
-        except torch.OutOfMemoryError:
-            absent[name] = "out of memory"
-        else:
-            contenders.append(contender)
+    contenders, absent = able(args.providers, lambda name: _contender(name, arena, mode, args.impl), truth.check)
     batch, heads, tokens, dim = arena.queries.shape
     labels = {
         "mode": mode,
@@ -245,8 +236,7 @@ def case(arena: Arena, truth: Gate, mode: str, args: argparse.Namespace) -> Case
 def _contender(name: str, arena: Arena, mode: str, impl: str | None) -> Contender:
     ran = ""
     if name == "fastkd":
-        module = _dispatch.pick("attention_kl_loss", impl, arena.queries, (arena.teacher_queries,))
-        ran = next(key for key, package in _dispatch.PACKAGES.items() if module.__name__.startswith(package))
+        ran = implementation("attention_kl_loss", impl, arena.queries, arena.teacher_queries)
 
         def loss(*tensors: Tensor) -> Tensor:
             return fastkd.attention_kl_loss(*tensors, causal=arena.causal, impl=impl)

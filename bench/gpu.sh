@@ -2,7 +2,7 @@
 # Tests and benches on a bare GPU machine, in under 9 minutes: bash bench/gpu.sh
 #
 # Nothing is installed: fastkd runs from this checkout, and its C++ extension is built in place if the tools are there.
-# Every step has its own time limit (530 s together) and none hides another's failure; the summary comes last.
+# Every step has its own time limit (535 s together) and none hides another's failure; the summary comes last.
 #   --dry-run (or FASTKD_DRY_RUN=1)  the same on the CPU with tiny shapes, in under a minute
 #   OUT=folder                       where the rows go (default bench/results)
 #   COMMIT=name                      what to call the code, where git cannot tell
@@ -84,18 +84,20 @@ checks() {
     if ((dry)); then
         step checks 40 "$python" bench/gpu_checks.py --interpret --only "exact jsd float32" infinite
     elif has pytest xdist; then
-        tests tests 110 tests/test_bench_gpu.py::test_on_gpu tests/test_triton_kernels.py \
+        tests tests 120 tests/test_bench_gpu.py::test_on_gpu tests/test_bench_gpu_relation.py::test_on_gpu \
+            tests/test_triton_kernels.py \
             tests/test_matmul.py tests/test_head_device_compaction.py
     else
         # One after another, so that not everything fits: float16 is widened where bfloat16 is.
-        step checks 160 "$python" bench/gpu_checks.py --skip float16
+        step checks 125 "$python" bench/gpu_checks.py --skip float16
+        step relations 35 "$python" bench/gpu_relation_checks.py
     fi
 }
 
 # The public function against the oracle. Last, because each case compiles kernels of its own.
 more_checks() {
     if ((!dry)) && has pytest xdist; then
-        tests losses 50 tests/test_logit.py -k "triton and (another_dtype or storage_at_once or layouts or \
+        tests losses 45 tests/test_logit.py -k "triton and (another_dtype or storage_at_once or layouts or \
             test_exact and bfloat16 and peaked and (two_teachers or shared_vocab or by_row or smoothing))"
     fi
 }
@@ -113,15 +115,19 @@ benches() {
         bench kd 30 kd "${tiny[@]}" fastkd-overwrite --vocab 257 --rows 8
         bench head 20 head "${tiny[@]}" --vocab 257 --rows 8 --hidden 16
         bench topk 20 topk "${tiny[@]}" cross-entropy --vocab 257 --rows 8 --k 4
+        bench attention 20 attention "${tiny[@]}" --tokens 40 --heads 2 --dim 8
+        bench relation 20 relation "${tiny[@]}" --loss rkd-angle gram --rows 9 --width 4
         bench call 20 call "${tiny[@]}" --calls 3
         return
     fi
     # What matters most comes first: rows are written case by case, and a time limit loses the last ones alone.
-    bench kd 105 kd --device cuda --vocab 128256 50257 151936 32000 262144
-    bench head 95 head --device cuda --vocab 128256 --hidden 4096 --rows 8192 1024 2048 --mode forward+backward --repeat 10
-    bench kd-divergences 55 kd --device cuda --vocab 128256 --mode forward+backward --divergence jsd tvd reverse_kl
-    bench topk 25 topk --device cuda --vocab 128256 --mode forward+backward
-    bench call 20 call --device cuda
+    bench kd 75 kd --device cuda --vocab 128256 50257 151936 32000 262144
+    bench head 80 head --device cuda --vocab 128256 --hidden 4096 --rows 8192 1024 2048 --mode forward+backward --repeat 10
+    bench kd-divergences 45 kd --device cuda --vocab 128256 --mode forward+backward --divergence jsd tvd reverse_kl
+    bench attention 40 attention --device cuda --tokens 8192 --mode forward+backward
+    bench relation 25 relation --device cuda --loss rkd-angle rkd-distance gram --rows 1024 --width 512
+    bench topk 20 topk --device cuda --vocab 128256 --mode forward+backward
+    bench call 15 call --device cuda
 }
 
 out=${OUT:-bench/results}

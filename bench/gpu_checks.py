@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import fastkd  # noqa: E402
-from bench import gate, gpu_compaction_checks, gpu_head_checks, gpu_teacher_checks  # noqa: E402
+from bench import gate, gpu_attention_checks, gpu_compaction_checks, gpu_head_checks, gpu_teacher_checks  # noqa: E402
 from bench.data import as_output, peaked_pair  # noqa: E402
 from bench.gate import Wrong  # noqa: E402
 from fastkd._rows import DIVERGENCES  # noqa: E402
@@ -57,6 +57,10 @@ INTERPRETER = Setting("cpu", (torch.float32, torch.bfloat16), (2, 257), rows=3)
 
 def kd(student: Tensor, teacher: Tensor, target: Tensor | None, **options: Any) -> Tensor:
     return fastkd.kd_loss(student, teacher, target, impl="triton", **options)
+
+
+def attention(*tensors: Tensor, **options: Any) -> Tensor:
+    return fastkd.attention_kl_loss(*tensors, impl="triton", **options)
 
 
 def run(student: Tensor, teacher: Tensor, target: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
@@ -255,9 +259,9 @@ def matmuls_of_heads(setting: Setting) -> None:
     gpu_head_checks.matmuls(setting.device)
 
 
-def heads_do_not_wait(setting: Setting) -> None:
-    for checks in (gpu_head_checks, gpu_compaction_checks):
-        step = checks.step_on(setting.device, kd)
+def steps_do_not_wait(setting: Setting) -> None:
+    steps = [checks.step_on(setting.device, kd) for checks in (gpu_head_checks, gpu_compaction_checks)]
+    for step in (*steps, gpu_attention_checks.step_on(setting.device, attention)):
         step()
         with _waiting_is_an_error():
             step()
@@ -302,7 +306,7 @@ def _compilations() -> Iterator[list[str]]:
 ANYWHERE = (numbers_by_row, masked, infinite, not_a_number, nothing_counts, overwriting, same_bits)
 ON_GPU = (
     *(no_synchronisation, cuda_graph, no_recompilation, compiles_whole, beyond_int32),
-    *(matmuls_of_heads, heads_do_not_wait),
+    *(matmuls_of_heads, steps_do_not_wait),
 )
 
 
@@ -316,6 +320,8 @@ def checks(setting: Setting) -> dict[str, Callable[[], None]]:
         found[f"heads {str(dtype).removeprefix('torch.')}"] = partial(heads, setting, dtype)
         name = f"teachers without logits {str(dtype).removeprefix('torch.')}"
         found[name] = partial(gpu_teacher_checks.numbers, setting.device, dtype, kd)
+        name = f"attention {str(dtype).removeprefix('torch.')}"
+        found[name] = partial(gpu_attention_checks.numbers, setting.device, dtype, attention)
     for check in (*ANYWHERE, *(ON_GPU if setting.device == "cuda" else ())):
         found[check.__name__.replace("_", " ")] = partial(check, setting)
     return found

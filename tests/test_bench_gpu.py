@@ -272,7 +272,20 @@ def machine(tmp_path: Path) -> Machine:
     return machine
 
 
-STEPS = ["environment", "gpu", "build", "tests", "kd", "head", "kd-divergences", "topk", "call", "losses"]
+STEPS = [
+    "environment",
+    "gpu",
+    "build",
+    "tests",
+    "kd",
+    "head",
+    "kd-divergences",
+    "attention",
+    "relation",
+    "topk",
+    "call",
+    "losses",
+]
 
 
 def test_a_gpu_machine_where_everything_works(machine: Machine) -> None:
@@ -287,6 +300,7 @@ def test_a_gpu_machine_where_everything_works(machine: Machine) -> None:
     files = [word.split("::") for command in tests for word in command.split() if word.startswith("tests/")]
     assert [file for file, *_ in files] == [
         "tests/test_bench_gpu.py",
+        "tests/test_bench_gpu_relation.py",
         "tests/test_triton_kernels.py",
         "tests/test_matmul.py",
         "tests/test_head_device_compaction.py",
@@ -334,6 +348,8 @@ def test_one_step_that_fails_fails_the_run_and_stops_nothing(machine: Machine, s
         "kd": "32000",
         "kd-divergences": "jsd",
         "topk": "run.py topk",
+        "attention": "run.py attention",
+        "relation": "run.py relation",
         "call": "run.py call",
         "losses": "/losses.xml",
     }
@@ -349,7 +365,7 @@ def test_one_step_that_fails_fails_the_run_and_stops_nothing(machine: Machine, s
 
 def test_a_dry_run_fails_where_python_does(machine: Machine) -> None:
     status, summary = machine.gpu_script("--dry-run", PYTHON="false")
-    assert summary.count("FAILED") == 6
+    assert summary.count("FAILED") == 8
     assert "FAILED   checks: exit status 1\n" in summary
     assert status == 1
 
@@ -382,6 +398,13 @@ def test_gpu_script_dry_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     summary = done.stdout.split("== summary\n")[1]
     assert "FAILED" not in summary
-    for step in ("environment", "build", "checks", "kd", "head", "topk", "call"):
+    for step in ("environment", "build", "checks", "kd", "head", "topk", "attention", "relation", "call"):
         assert f" {step}" in summary
-    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == ["call", "head", "kd", "topk"]
+    assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == [
+        "attention",
+        "call",
+        "head",
+        "kd",
+        "relation",
+        "topk",
+    ]

@@ -70,7 +70,7 @@ REFUSED: dict[str, tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]]
     ),
     "impl": (
         ValueError,
-        "impl must be one of triton, native, algebra, reference, got 'cuda'",
+        "impl must be one of triton, native, reference, got 'cuda'",
         (S, T, Y),
         {"impl": "cuda"},
     ),

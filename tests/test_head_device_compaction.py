@@ -233,7 +233,7 @@ def test_explain_names_who_could(capsys: pytest.CaptureFixture[str]) -> None:
     triton, *others = capsys.readouterr().out.splitlines()[1:]
     assert triton == "  triton     the tensors are on cpu, Triton kernels need a CUDA device <- raises"
     assert [line.split()[1:] for line in others] == [
-        ["there", "is", "no", f"fastkd.{name}.matmul"] for name in ("native", "reference")
+        ["there", "is", "no", f"fastkd.{name}.matmul"] for name in ("native", "algebra", "reference")
     ]
 
 

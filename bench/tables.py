@@ -106,7 +106,8 @@ def _size_of_heads(row: Row) -> str:
 
 def _size_of_features(row: Row) -> str:
     widths = " / ".join(dict.fromkeys((row["width"], row["teacher_width"])))
-    return f"{int(row['rows']):,} x {widths} {row['dtype']}"
+    positions = f" x {row['positions']}" if row.get("positions") else ""
+    return f"{int(row['rows']):,} x {widths}{positions} {row['dtype']}"
 
 
 def _size_of_attention(row: Row) -> str:
@@ -187,7 +188,8 @@ ATTENTION = Family(
 
 
 def machine_of(row: Row) -> str:
-    return row["machine"] + (f", {row['threads']} threads" if row["device"] == "cpu" else "")
+    threads = f"{row['threads']} thread" + ("" if row["threads"] == "1" else "s")
+    return row["machine"] + (f", {threads}" if row["device"] == "cpu" else "")
 
 
 def _order(problem: tuple[str, ...]) -> tuple[object, ...]:

@@ -138,6 +138,7 @@ def case(problem: Problem, mode: str, args: argparse.Namespace) -> Case:
         "rows": len(problem.student),
         "width": problem.student.shape[1],
         "teacher_width": problem.teacher.shape[1],
+        "positions": " x ".join(map(str, problem.relation.positions)),
     }
     return Case(labels, contenders, inputs=(problem.student, problem.teacher), absent=absent)
 

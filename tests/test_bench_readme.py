@@ -180,7 +180,7 @@ def test_readme_of_this_checkout() -> None:
 
 
 def test_tables_of_relations_and_of_attention(house: Path) -> None:
-    features = {"loss": "rkd-angle", "rows": 1024, "width": 64, "teacher_width": 128, "vocab": ""}
+    features = {"loss": "rkd-angle", "rows": 1024, "width": 64, "teacher_width": 128, "positions": "", "vocab": ""}
     relation = [
         sample_row(name, 0, milliseconds) | features | {"extra_mib": mib, "command": "python bench/run.py relation"}
         for name, milliseconds, mib in (("eager", 600, 1470), ("fastkd", 3, 2), ("fastkd-prepared", 2, 1))
@@ -188,7 +188,8 @@ def test_tables_of_relations_and_of_attention(house: Path) -> None:
     shape = {"batch": 1, "heads": 8, "tokens": 4096, "dim": 64, "causal": "yes", "percent_of_matmul": 61.6}
     shape |= {"matmul_gflop_per_s": 160, "command": "python bench/run.py attention"}
     attention = [sample_row(name, 0, milliseconds) | shape for name, milliseconds in (("eager", 600), ("fastkd", 150))]
-    record.append(house / "results" / "relation-abacus-9.csv", relation)
+    maps = [sample_row("fastkd", 0, 3) | features | {"loss": "nst", "positions": "7 x 7", "threads": 1}]
+    record.append(house / "results" / "relation-abacus-9.csv", [*relation, *maps])
     record.append(house / "results" / "attention-abacus-9.csv", attention)
     write_readme(house)
     text = (house / "README.md").read_text()
@@ -197,6 +198,8 @@ def test_tables_of_relations_and_of_attention(house: Path) -> None:
         "| --- | --- | ---: | ---: | ---: | ---: |\n"
         "| `rkd-angle` | 1,024 x 64 / 128 float32 | 600 ms | 3 ms (200.0x) | 2 ms (300.0x) | 2 MiB (eager 1470) |\n"
     ) in text
+    assert "| `nst` | 1,024 x 64 / 128 x 7 x 7 float32 |" in text
+    assert "Abacus 9, 1 thread, beads" in text
     row = "| `attention_kl_loss` | 1 x 8 x 4,096 x 64 float32, causal | 600 ms | 150 ms (4.0x) | 62 % |"
     assert row in text
     for said in ("`python bench/run.py relation`", "`python bench/run.py attention`", "(160 GFLOP/s)"):

@@ -123,6 +123,17 @@ def test_targets_of_every_certainty(impl: str, case: str) -> None:
     )
 
 
+def test_two_that_are_certain_are_told_apart(impl: str) -> None:
+    """At 1 - q_y of 1e-18 and less, which no q_y shows: the gradient is p_y - q_y from the smaller probabilities."""
+    student, teacher, target = torch.zeros(2, 33), torch.zeros(2, 33), torch.tensor([7, 7])
+    student[:, 7], teacher[:, 7] = torch.tensor([45.0, 50.0]), torch.tensor([50.0, 45.0])
+    _, grad = evaluate(impl, "dkd_of_the_target", student, teacher, target)
+    odds = [x[:, 7].double() - torch.tensor(32.0).double().log() for x in (student, teacher)]
+    want = upstream(2) * (torch.sigmoid(-odds[1]) - torch.sigmoid(-odds[0]))
+    torch.testing.assert_close(grad[:, 7].double(), want, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad[:, 3].double(), -want / 32, rtol=1e-5, atol=0)
+
+
 def test_teacher_of_another_dtype(impl: str) -> None:
     student, teacher, target = tensors(3, 97, "peaked", torch.bfloat16)
     for case in ("dkd", "nkd", "nkd_at_2"):
@@ -155,8 +166,8 @@ def test_nkd_without_the_others_is_weighted_cross_entropy(impl: str) -> None:
         torch.testing.assert_close(got, p * F.cross_entropy(student, target, reduction="none"))
 
 
-@pytest.mark.parametrize("share", [0.0, 3.0])
-def test_without_the_target_the_state_means_the_same_everywhere(impl: str, share: float) -> None:
+@pytest.mark.parametrize(("share", "temperature"), [(0.0, 2.0), (3.0, 1.0)])
+def test_without_the_target_the_state_means_the_same_everywhere(impl: str, share: float, temperature: float) -> None:
     """One forward feeds another's backward, a hard term beside; a teacher of weight 0 is looked at all the same."""
     from fastkd._dispatch import _module
     from fastkd._rows import SOFT, LogitRows
@@ -164,10 +175,11 @@ def test_without_the_target_the_state_means_the_same_everywhere(impl: str, share
     student, teacher, target = tensors(4, 43, "flat", torch.float32)
     student[2, 5], target[3] = -torch.inf, -100
     rows = LogitRows(
-        student=student, teachers=(teacher,), target=target, row_weight=None, alpha=0.3, temperature=2.0,
-        teacher_temperature=(2.0,), teacher_weight=(share,), divisor=None, divergence="forward_kl", beta=0.0,
-        scale_by_t2=True, label_smoothing=0.0, z_loss=0.01, ignore_index=-100, shared=43, reduce=True, agreement=False,
-        overwrite=False, without_target=True, label_slope=torch.tensor([0.5, -0.25, 1.0, 0.0]),
+        student=student, teachers=(teacher,), target=target, row_weight=None, alpha=0.3,
+        temperature=temperature, teacher_temperature=(2.0,), teacher_weight=(share,), divisor=None,
+        divergence="forward_kl", beta=0.0, scale_by_t2=True, label_smoothing=0.0, z_loss=0.01, ignore_index=-100,
+        shared=43, reduce=True, agreement=False, overwrite=False, without_target=True,
+        label_slope=torch.tensor([0.5, -0.25, 1.0, 0.0]),
     )  # fmt: skip
     here, there = _module(impl, "logit"), _module("reference", "logit")
     (_, state, scale), (_, want_state, want_scale) = here.forward(rows), there.forward(rows)

@@ -176,6 +176,25 @@ def test_compiled(impl: str) -> None:
     torch.testing.assert_close(call(compiled, student, teacher), call(loss, student, teacher))
 
 
+def test_any_block_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastkd.algebra import dist
+
+    student, teacher = flat_logits(23, 9, seed=1), flat_logits(23, 9, seed=2)
+    want = call(fastkd.dist_loss, student, teacher)
+    for rows in (1, 4, 23):
+        monkeypatch.setattr(dist, "BLOCK", 9 * rows)
+        torch.testing.assert_close(call(fastkd.dist_loss, student, teacher), want, rtol=1e-5, atol=1e-8)
+
+
+def test_the_gradient_of_a_certain_class_is_that_of_all_others() -> None:
+    """Their sum is 0, also where each is far below the rounding of q near 1."""
+    student, teacher = flat_logits(6, 33, seed=1), flat_logits(6, 33, seed=2)
+    student[:, 4] += torch.tensor([10.0, 20, 25, 30, 35, 40])
+    grad = call(fastkd.dist_loss, student, teacher)[1].double()
+    assert bool((grad.abs().sum(1) > 0).all())
+    assert bool((grad.sum(1).abs() < 1e-4 * grad.abs().sum(1)).all())
+
+
 class Counted(TorchDispatchMode):
     """Operations whose result is new and as large as the logits."""
 

@@ -41,6 +41,9 @@ CALLS: dict[str, dict[str, Any]] = {
     "skew_kl": {"divergence": "skew_kl"},
     "skew_reverse_kl": {"divergence": "skew_reverse_kl"},
     "tvd": {"divergence": "tvd"},
+    "forward_kl without the target": {"without_target": True, "temperature": 2.0},
+    "forward_kl standardised": {"standardize": True},
+    "jsd standardised": {"divergence": "jsd", "standardize": True},
     "labels alone": {"teachers": 0, "alpha": 1.0},
 }
 OTHER_ARCHITECTURES = ("forward_kl", "reverse_kl", "jsd")
@@ -51,6 +54,7 @@ COMPILED = [(90, call) for call in CALLS] + [(arch, call) for arch in (80, 100) 
 # The skewed divergences alone stand some 10 % above that.
 PAIR_LIMITS = {"statistics": (28.0, 3.3), "divergence_sums": (36.0, 4.1), "row_gradient": (46.0, 5.1)}
 
+OF_A_TARGET = 2.0  # the comparison that leaves it out, and a selection for each side: 29 are within the 31 above
 
 pytestmark = pytest.mark.xdist_group("resources")  # compiled once, by one worker
 
@@ -95,6 +99,8 @@ def test_the_body_stays_within_a_thread_and_below_the_issue_limits(
         body, pairs = kernel["body"], kernel["K"] * kernel["U"] * max(1, kernel["rows_read"] - 1)
         assert body["across_threads"] == 0, (kernel["name"], body)
         instructions, slow = PAIR_LIMITS[kernel["name"]]
+        if "without_target" in CALLS[case[1]]:
+            instructions += OF_A_TARGET
         if "agreement" not in CALLS[case[1]]:
             assert body["instructions"] / pairs <= instructions, (kernel["name"], body["instructions"] / pairs)
         assert body["slow"] / pairs <= slow, (kernel["name"], body["slow"] / pairs)

@@ -56,6 +56,10 @@ OPERATIONS = {
     "hint_loss": "hint",
     "attention_transfer_loss": "attention_maps",
     "nst_loss": "nst",
+    "int8_linear": "int8_linear",
+    "int8_conv2d": "int8_conv2d",
+    "int8_embedding": "int8_embedding",
+    "int8_weight_only_linear": "int8_weight_only",
 }
 ANYWHERE = ("algebra", "reference")  # made of torch's operations: no device and no dtype is refused
 ON_CUDA = ("rkd", "distance")  # families whose native file has CUDA kernels, too

@@ -1,0 +1,81 @@
+r"""A linear layer in int8: rows are quantised, sums of products are exact integers, and one formula ends them.
+
+With s_m = max_k |x_mk| / 127 (or a given scale), a_mk = round(x_mk / s_m) in [-127, 127] and int8 weights w_nk that
+stand for w_nk c_n::
+
+    y_mn = activation( s_m c_n sum_k a_mk w_nk + bias_n + residual_mn )
+
+:mod:`fastkd._int8` has the order of the roundings.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _checks
+from .._int8 import channel_scales, compute_dtype, quantize
+
+CHUNK = 1024  # 1024 products of int8 numbers add up to less than 2^24: exact in float32, and in TF32 too
+
+
+def forward(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    levels, steps = quantized(input, input_scale, "int8_linear")
+    total = exact_products(levels, weight.T)
+    value = (total.to(scale.dtype) * scale) * steps.unsqueeze(1)
+    return finish(value, bias, residual, activation, input.dtype)
+
+
+def quantized(input: Tensor, input_scale: Tensor | None, op: str) -> tuple[Tensor, Tensor]:
+    """int8 numbers, and the scale of each slice along dimension 0: NaN for one that is not finite."""
+    wide = input.to(compute_dtype(input.dtype))
+    if input_scale is None:
+        steps = channel_scales(wide)
+        return quantize(wide, steps), steps
+    checked = checked_scale(input_scale, op)
+    finite = wide.isfinite().flatten(1).all(1)
+    return quantize(wide, checked), torch.where(finite, checked, torch.nan)
+
+
+def checked_scale(input_scale: Tensor, op: str) -> Tensor:
+    if input_scale.device.type == "cpu":
+        value = input_scale.item()
+        if not (value > 0 and math.isfinite(value)):
+            _checks.bad_value(op, "input_scale", "be positive and finite", value)
+        return input_scale
+    return torch.where((input_scale > 0) & input_scale.isfinite(), input_scale, torch.nan)
+
+
+def exact_products(levels: Tensor, weight: Tensor) -> Tensor:
+    """The matrix product of int8 numbers, as int64: torch multiplies integer matrices on the CPU alone."""
+    chunks = zip(levels.split(CHUNK, -1), weight.split(CHUNK, -2), strict=True)
+    return torch.stack([(a.float() @ w.float()).to(torch.int64) for a, w in chunks]).sum(0)
+
+
+def finish(value: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, dtype: torch.dtype) -> Tensor:
+    if bias is not None:
+        value = value + bias
+    if residual is not None:
+        value = value + residual.to(value.dtype)
+    return activated(value, activation).to(dtype)
+
+
+def activated(value: Tensor, activation: str) -> Tensor:
+    if activation == "relu":
+        return value.relu()
+    if activation == "silu":
+        return F.silu(value)
+    if activation == "none":
+        return value
+    return F.gelu(value, approximate="tanh" if activation == "gelu_tanh" else "none")

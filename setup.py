@@ -25,13 +25,15 @@ CXX_FLAGS = ("-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fopen
 LINK_FLAGS = ("-shared", "-fopenmp", "-Wl,--exclude-libs,ALL")
 NVCC_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 # A unit per instruction set: its flags must reach no other unit (see csrc/cpu/vec.h).
+AVX512_FLAGS = (
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
+    # gcc 12's own AVX-512 header trips over its use of undefined values.
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
+)
 ISA_FLAGS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": (
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
-        # gcc 12's own AVX-512 header trips over its use of undefined values.
-        *("-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"),
-    ),
+    "avx512": AVX512_FLAGS,
+    "avx512vnni": (*AVX512_FLAGS, "-mavx512vnni"),
 }
 LAUNCHERS = ("ccache", "distcc", "icecc", "sccache")  # they may stand before the compiler in CXX
 CUDA_ARCHITECTURES = ("80", "90", "100", "120")

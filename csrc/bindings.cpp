@@ -1,12 +1,14 @@
 // The extension's module. It knows no torch: addresses, sizes and numbers come in, so one build serves every torch.
 #include <pybind11/pybind11.h>
 
+#include "bindings_int8.h"
 #include "cpu/attention_rows.h"
 #include "cpu/feature_rows.h"
 #include "cpu/isa.h"
 #include "cpu/logit_rows.h"
 #include "cpu/pairs_matrix.h"
 #include "cpu/topk_rows.h"
+#include "numbers.h"
 #ifdef FASTKD_WITH_CUDA
 #include "bindings_cuda.h"
 #endif
@@ -15,46 +17,6 @@ namespace py = pybind11;
 
 namespace fastkd {
 namespace {
-
-using Address = uintptr_t;
-
-// Takes a tuple of numbers apart. A call on a few rows is over in 2 us; converting as many arguments one by one would take
-// longer than that.
-class Numbers {
-  public:
-    explicit Numbers(const py::tuple& tuple) : tuple_(tuple.ptr()), size_(PyTuple_GET_SIZE(tuple.ptr())) {}
-
-    int64_t integer() { return PyLong_AsLongLong(item()); }
-    double real() { return PyFloat_AsDouble(item()); }
-    template <class T>
-    const T* address() {
-        return reinterpret_cast<const T*>(static_cast<Address>(PyLong_AsUnsignedLongLong(item())));
-    }
-    ByRow by_row() {
-        const float* data = address<float>();
-        const int64_t stride = integer();
-        return {data, stride, real()};
-    }
-    Heads heads() {
-        const void* data = address<void>();
-        const int64_t batch = integer(), head = integer(), token = integer();
-        const Dtype dtype = static_cast<Dtype>(integer());
-        const int64_t heads = integer();
-        return {data, batch, head, token, dtype, heads, integer()};
-    }
-    bool more() const { return next_ < size_; }
-    static void check() {
-        if (PyErr_Occurred()) throw py::error_already_set();
-    }
-
-  private:
-    PyObject* item() {
-        if (next_ >= size_) throw py::value_error("fastkd._C: too few numbers");
-        return PyTuple_GET_ITEM(tuple_, next_++);
-    }
-    PyObject* tuple_;
-    Py_ssize_t size_, next_ = 0;
-};
 
 // A problem in two parts, laid out by fastkd/native/logit.py: where the logits are, which may differ from forward to
 // backward (hooks may move what a graph saves), and the numbers, which stay.
@@ -247,6 +209,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("hint_loss", &hint);
     m.def("attention_maps", &attention);
     m.def("attention_map_loss", &attention_transfer);
+    bind_int8(m);
 #ifdef FASTKD_WITH_CUDA
     m.attr("cuda_architectures") = FASTKD_WITH_CUDA;
     cuda::bind(m);

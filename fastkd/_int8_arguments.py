@@ -28,11 +28,11 @@ def weight(op: str, value: Any, ndim: int) -> None:
 
 def by_channel(op: str, argument: str, value: Any, of: Tensor, dtype: torch.dtype) -> Tensor:
     floats(op, argument, value)
-    if value.shape != of.shape[:1]:
+    if value.ndim != 1 or value.shape[0] != of.shape[0]:
         bad_value(op, argument, f"have one number for each of {of.shape[0]} channels", f"shape {tuple(value.shape)}")
     on_device(op, argument, value, of)
-    numbers: Tensor = value.to(dtype).contiguous()
-    return numbers
+    numbers: Tensor = value if value.dtype is dtype else value.to(dtype)
+    return numbers.contiguous()
 
 
 def input_scale(op: str, value: Any, of: Tensor, dtype: torch.dtype) -> Tensor:

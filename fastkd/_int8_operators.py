@@ -65,8 +65,13 @@ def linear(
     step = None if input_scale is None else check.input_scale(LINEAR, input_scale, input, dtype)
     added = _residual(LINEAR, residual, input, shape)
     check.activation(LINEAR, activation)
-    call = _traced_linear if _in_graph(input, *tensors, step, added) else _linear
-    return call(_rows(input), weight.contiguous(), *tensors, step, added, activation, impl).view(shape)
+    rows, weight = _rows(input), weight.contiguous()
+    output: Tensor
+    if _in_graph(input, *tensors, step, added):
+        output = torch.ops.fastkd.int8_linear(rows, weight, *tensors, step, added, activation, impl)
+    else:
+        output = _dispatch.pick(LINEAR, impl, input, ()).forward(rows, weight, *tensors, step, added, activation)
+    return output if input.ndim == 2 else output.view(shape)
 
 
 def weight_only_linear(
@@ -237,8 +242,7 @@ def _embedding(input: Tensor, weight: Tensor, scale: Tensor, dtype: torch.dtype,
 
 
 def _computed(op: str, impl: str | None, input: Tensor, *arguments: Any) -> Tensor:
-    with torch.autocast(input.device.type, enabled=False):  # it would round the reference's integers
-        output: Tensor = _dispatch.pick(op, impl, input, ()).forward(input, *arguments)
+    output: Tensor = _dispatch.pick(op, impl, input, ()).forward(input, *arguments)
     return output
 
 
@@ -293,5 +297,4 @@ _define("int8_linear", LAYER, _linear, _fake_rows)
 _define("int8_weight_only_linear", LAYER.replace(" Tensor? input_scale,", ""), _weight_only, _fake_rows)
 _define("int8_conv2d", f"{LAYER}, {WINDOW}", _conv2d, _fake_conv2d)
 _define("int8_embedding", "Tensor input, Tensor weight, Tensor scale, ScalarType dtype", _embedding, _fake_embedding)
-_traced_linear = torch.ops.fastkd.int8_linear
 _traced_conv2d = torch.ops.fastkd.int8_conv2d

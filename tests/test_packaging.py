@@ -30,7 +30,7 @@ DISTRIBUTIONS = {"sklearn": "scikit-learn"}  # where it is not the module's name
 # Bound to one build of torch: pip would replace torch to satisfy them.
 NEVER = {"torchvision", "torchaudio", "timm"}
 X86 = platform.machine() in ("x86_64", "AMD64")
-INSTRUCTION_SETS = ("avx512", "avx2", "generic") if X86 else ("generic",)
+INSTRUCTION_SETS = ("avx512vnni", "avx512", "avx2", "generic") if X86 else ("generic",)
 
 installed = pytest.mark.skipif(
     next(importlib.metadata.Distribution.discover(name="fastkd"), None) is None,

@@ -1,5 +1,6 @@
 #include "attention-inl.h"
 #include "feature-inl.h"
+#include "int8_kernels-inl.h"
 #include "isa.h"
 #include "logit-inl.h"
 #include "pairs-inl.h"
@@ -25,6 +26,7 @@ const InstructionSet generic = {
      distance_slopes,
      angles},
     {distance, difference, combination, add_powers, sum_powers, power_gradient},
+    int8_kernels,
 };
 
 }  // namespace fastkd

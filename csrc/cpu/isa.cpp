@@ -7,7 +7,9 @@
 namespace fastkd {
 
 #if defined(__x86_64__)
-static const InstructionSet* const kSets[] = {&avx512, &avx2, &generic};
+// Made here, in a unit that runs on any processor: its parts are constants, but those of other units.
+static const InstructionSet avx512vnni = {"avx512vnni", avx512vnni_supported, avx512.logit, avx512.topk, avx512vnni_int8};
+static const InstructionSet* const kSets[] = {&avx512vnni, &avx512, &avx2, &generic};
 #else
 static const InstructionSet* const kSets[] = {&generic};
 #endif

@@ -3,6 +3,7 @@
 #pragma once
 #include "attention.h"
 #include "feature.h"
+#include "int8.h"
 #include "logit.h"
 #include "pairs.h"
 #include "topk.h"
@@ -17,11 +18,14 @@ struct InstructionSet {
     AttentionKernels attention;
     PairKernels pairs;
     FeatureKernels feature;
+    Int8Kernels int8;
 };
 
 extern const InstructionSet generic;
 #if defined(__x86_64__)
 extern const InstructionSet avx2, avx512;
+extern const Int8Kernels avx512vnni_int8;
+bool avx512vnni_supported();
 #endif
 
 const InstructionSet& active_instruction_set();

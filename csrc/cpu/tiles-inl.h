@@ -105,7 +105,7 @@ FASTKD_INLINE void narrow_into(uint16_t* out, const float* x, int64_t n) {
     }
 }
 
-static void write(void* grad, Dtype dtype, int64_t begin, const float* x, int64_t n) {
+[[maybe_unused]] static void write(void* grad, Dtype dtype, int64_t begin, const float* x, int64_t n) {
     if (dtype == Dtype::float32) {
         __builtin_memcpy(static_cast<float*>(grad) + begin, x, n * sizeof(float));
     } else if (dtype == Dtype::bfloat16) {

@@ -8,6 +8,8 @@ stand for w c_n::
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,12 +33,13 @@ def forward(
     height, width = window.output_size((input.shape[2], input.shape[3]), kernel)
     levels, steps = quantized(input, input_scale, "int8_conv2d")
     patches = F.unfold(levels.float(), kernel, window.dilation, window.padding, window.stride)
-    patches = patches.to(torch.int8).reshape(batch, groups, weight[0].numel(), height * width)
-    total = exact_products(weight.reshape(groups, count // groups, -1), patches)
+    terms = math.prod(weight.shape[1:])
+    patches = patches.to(torch.int8).reshape(batch, groups, terms, height * width)
+    total = exact_products(weight.reshape(groups, count // groups, terms), patches)
     sums = total.to(scale.dtype).reshape(batch, count, height, width)
     value = (sums * _by_channel(scale)) * steps.reshape(-1, 1, 1, 1)
     output = finish(value, None if bias is None else _by_channel(bias), residual, activation, input.dtype)
-    return output.contiguous(memory_format=memory_format(input))
+    return output.clone(memory_format=memory_format(input))  # with its strides, where several would do
 
 
 def _by_channel(value: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ def checked_scale(input_scale: Tensor, op: str) -> Tensor:
 def exact_products(levels: Tensor, weight: Tensor) -> Tensor:
     """The matrix product of int8 numbers, as int64: torch multiplies integer matrices on the CPU alone."""
     chunks = zip(levels.split(CHUNK, -1), weight.split(CHUNK, -2), strict=True)
-    return torch.stack([(a.float() @ w.float()).to(torch.int64) for a, w in chunks]).sum(0)
+    with torch.autocast(levels.device.type, enabled=False):  # it would round the integers
+        return torch.stack([(a.float() @ w.float()).to(torch.int64) for a, w in chunks]).sum(0)
 
 
 def finish(value: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str, dtype: torch.dtype) -> Tensor:
@@ -72,10 +73,15 @@ def finish(value: Tensor, bias: Tensor | None, residual: Tensor | None, activati
 
 
 def activated(value: Tensor, activation: str) -> Tensor:
+    """Of -inf too; gelu in the forms whose small results are no differences of large numbers, as torch's are."""
+    if activation == "none":
+        return value
     if activation == "relu":
         return value.relu()
     if activation == "silu":
-        return F.silu(value)
-    if activation == "none":
-        return value
-    return F.gelu(value, approximate="tanh" if activation == "gelu_tanh" else "none")
+        result = F.silu(value)
+    elif activation == "gelu":
+        result = value * (0.5 * torch.special.erfc(value * -math.sqrt(0.5)))
+    else:
+        result = value * torch.sigmoid((value + 0.044715 * value**3) * (2 * math.sqrt(2 / math.pi)))
+    return result.masked_fill(value == -torch.inf, 0.0)

@@ -2,6 +2,7 @@ r"""A linear layer whose weights alone are int8: ``y = activation( c_n sum_k x_m
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .int8_linear import finish
@@ -10,5 +11,6 @@ from .int8_linear import finish
 def forward(
     input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:
-    total = input.to(scale.dtype) @ weight.T.to(scale.dtype)
+    with torch.autocast(input.device.type, enabled=False):
+        total = input.to(scale.dtype) @ weight.T.to(scale.dtype)
     return finish(total * scale, bias, residual, activation, input.dtype)

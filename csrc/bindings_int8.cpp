@@ -1,0 +1,113 @@
+// int8 layers for Python: fastkd/native/int8_*.py are the callers.
+#include "bindings_int8.h"
+
+#include <cmath>
+
+#include "cpu/int8_layers.h"
+#include "cpu/isa.h"
+#include "numbers.h"
+
+namespace py = pybind11;
+
+namespace fastkd {
+namespace {
+
+Packing packing(Numbers& numbers) {
+    Int8Shape shape;
+    shape.channels = numbers.integer(), shape.terms = numbers.integer();
+    shape.taps = numbers.integer(), shape.groups = numbers.integer();
+    Numbers::check();
+    return Packing(shape, active_instruction_set().int8.layout);
+}
+
+Int8Layer layer(Numbers& numbers) {
+    Int8Layer l;
+    l.input = numbers.address<void>(), l.dtype = static_cast<Dtype>(numbers.integer());
+    l.given = numbers.address<float>(), l.packed = numbers.address<char>();
+    l.scale = numbers.address<float>(), l.bias = numbers.address<float>();
+    l.residual = numbers.address<void>(), l.output = const_cast<void*>(numbers.address<void>());
+    l.activation = static_cast<Activation>(numbers.integer()), l.threads = static_cast<int>(numbers.integer());
+    return l;
+}
+
+Int8Matrix matrix(Numbers& numbers) {
+    Int8Matrix m;
+    m.rows = numbers.integer(), m.stride = numbers.integer(), m.residual_stride = numbers.integer();
+    Numbers::check();
+    return m;
+}
+
+bool is_wrong(const float* given) { return given && !(*given > 0 && std::isfinite(*given)); }
+
+int64_t packed_bytes(const py::tuple& shape) {
+    Numbers numbers(shape);
+    return packing(numbers).bytes();
+}
+
+void pack(const py::tuple& shape, Address weight, Address packed, int threads) {
+    Numbers numbers(shape);
+    const Packing p = packing(numbers);
+    const py::gil_scoped_release release;
+    int8_pack(p, reinterpret_cast<const int8_t*>(weight), reinterpret_cast<char*>(packed), threads);
+}
+
+// Whether the input's step was a number; if not, nothing was computed.
+bool linear(const py::tuple& shape, const py::tuple& what) {
+    Numbers dimensions(shape), numbers(what);
+    const Packing p = packing(dimensions);
+    const Int8Layer l = layer(numbers);
+    const Int8Matrix m = matrix(numbers);
+    if (is_wrong(l.given)) return false;
+    const py::gil_scoped_release release;
+    int8_linear(l, m, p);
+    return true;
+}
+
+void weight_only(const py::tuple& shape, const py::tuple& what) {
+    Numbers dimensions(shape), numbers(what);
+    const Packing p = packing(dimensions);
+    const Int8Layer l = layer(numbers);
+    const Int8Matrix m = matrix(numbers);
+    const py::gil_scoped_release release;
+    int8_weight_only(l, m, p);
+}
+
+bool conv2d(const py::tuple& shape, const py::tuple& what) {
+    Numbers dimensions(shape), numbers(what);
+    const Packing p = packing(dimensions);
+    const Int8Layer l = layer(numbers);
+    Int8Images i;
+    i.count = numbers.integer(), i.height = numbers.integer(), i.width = numbers.integer(), i.planes = numbers.integer();
+    for (int64_t(*pair)[2] : {&i.kernel, &i.stride, &i.padding, &i.dilation}) {
+        for (int64_t& number : *pair) number = numbers.integer();
+    }
+    Numbers::check();
+    if (is_wrong(l.given)) return false;
+    const py::gil_scoped_release release;
+    int8_conv2d(l, i, p);
+    return true;
+}
+
+// Of the first id that is no row, where it is; the number of ids, if there is none.
+int64_t embedding(Address weight, Address scale, int64_t rows, int64_t columns, Address ids, int64_t count, Address output,
+                  int dtype, int threads) {
+    const Int8Table table{reinterpret_cast<const int8_t*>(weight), reinterpret_cast<const float*>(scale), rows, columns};
+    const int64_t* first = reinterpret_cast<const int64_t*>(ids);
+    const py::gil_scoped_release release;
+    const int64_t wrong = find_outside(first, count, rows);
+    if (wrong == count) int8_embedding(table, first, count, reinterpret_cast<void*>(output), static_cast<Dtype>(dtype), threads);
+    return wrong;
+}
+
+}  // namespace
+
+void bind_int8(py::module_& m) {
+    m.def("int8_packed_bytes", &packed_bytes);
+    m.def("int8_pack", &pack);
+    m.def("int8_linear", &linear);
+    m.def("int8_conv2d", &conv2d);
+    m.def("int8_weight_only", &weight_only);
+    m.def("int8_embedding", &embedding);
+}
+
+}  // namespace fastkd

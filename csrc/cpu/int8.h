@@ -1,0 +1,81 @@
+// The pieces of int8 layers, on pointers and sizes: what every instruction set implements, once per table entry. What the
+// numbers are is in fastkd/_int8.py.
+//
+// Numbers of a row lie in words of 32 bits, as many as one instruction multiplies and adds: four bytes where the processor
+// has VNNI, which takes them without a sign (128 more than they are), elsewhere two of 16 bits. `lanes` columns of weights
+// are a panel, and a few panels a block, whose words lie together in the order that they are read in: one stream, however
+// few rows there are. A block begins with what its sums begin with, which takes the 128 back.
+#pragma once
+#include <stdint.h>
+
+#include "logit.h"
+
+namespace fastkd {
+
+enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu };
+
+constexpr int kMostColumns = 48;  // of a block
+constexpr int kLevels = 127;      // on each side of zero
+
+struct Int8Layout {
+    int lanes;   // columns of a panel
+    int panels;  // of a block, at most
+    int rows;    // that a product takes, at most
+    int group;   // numbers of a word
+    int zero;    // what stands for the number 0
+    int bytes() const { return 4 / group; }  // of a number
+};
+
+// Where the words of a row are: several runs, one for each tap of a convolution.
+struct Run {
+    int64_t offset;  // bytes from the row's address
+    int64_t words;
+};
+
+struct Int8Rows {
+    const char* data;
+    int64_t stride;  // bytes
+    const Run* runs;
+    int64_t count;   // of runs
+};
+
+// Sums on their way to the output. A line is a row of numbers that lie side by side in it: columns (channels) of a row, or
+// pixels of a channel. What belongs to a channel is indexed by column or by line accordingly.
+struct Int8Lines {
+    const void* sums;  // int32, or float where one integer could not hold them
+    bool floats;
+    int64_t pitch;     // numbers from line to line
+    int64_t lines, columns;
+    bool channels_are_lines;
+    const float *scale, *bias;  // of channels; no bias: null
+    const float* steps;         // of the quantised rows or images, the stride 0 for one of all
+    int64_t steps_stride;       // from line to line
+    const void* residual;       // or null
+    void* output;
+    int64_t residual_stride, output_stride;  // numbers from line to line
+    Dtype dtype;
+    Activation activation;
+};
+
+struct Int8Kernels {
+    Int8Layout layout;
+    // The bits of the largest |x|, as a float: those of a NaN are above infinity's.
+    uint32_t (*largest)(const void* x, Dtype, int64_t n);
+    // Numbers side by side, without padding.
+    void (*quantize)(const void* x, Dtype, int64_t n, float step, void* numbers);
+    // The words of n pixels from planes of channels: `channels` of them, a plane's numbers `plane` apart, words to `out`,
+    // `pixel` bytes from pixel to pixel. The last word's rest is zero.
+    void (*quantize_planes)(const void* x, Dtype, int64_t plane, int64_t channels, int64_t n, float step, char* out,
+                            int64_t pixel);
+    // sums[r * panels * lanes + c], of at most layout.rows rows and a block of `panels` panels.
+    void (*products)(const Int8Rows&, int rows, int panels, const char* block, int32_t* sums);
+    // columns of lines, and lines of columns: [rows][columns] to [columns][pitch], of whole panels.
+    void (*transpose)(const int32_t* sums, int64_t rows, int64_t columns, int32_t* out, int64_t pitch);
+    void (*finish)(const Int8Lines&);
+    // Rows of floats, `group` of them in the place of a word.
+    void (*float_products)(const Int8Rows&, int rows, int panels, const char* block, float* sums);
+    void (*widen)(const void* x, Dtype, int64_t n, float* out);
+    void (*dequantize)(const int8_t* numbers, int64_t n, float scale, void* out, Dtype);
+};
+
+}  // namespace fastkd

@@ -1,0 +1,196 @@
+// From integer sums to the output of an int8 layer. Included by one unit for each instruction set.
+//
+// Every product is rounded by itself, so that each instruction set gives the same bits: `times`, and no fused additions.
+#pragma once
+#include "int8.h"
+#include "tiles-inl.h"
+
+namespace fastkd {
+namespace {
+
+FASTKD_INLINE vf times(vf a, vf b) { return rounded(a * b); }
+
+// e^x = mantissa * 2^exponent for -106 <= x <= 0: Cephes expf.
+struct Exponential {
+    vf mantissa;
+    vi exponent;
+};
+
+FASTKD_INLINE Exponential exponential(vf x) {
+    const vf n = round_to_even(times(x, splat(kLog2e)));
+    const vf f = x - times(n, splat(0.693359375f)) - times(n, splat(-2.12194440e-4f));
+    vf p = splat(1.9875691500e-4f);
+    p = times(p, f) + 1.3981999507e-3f;
+    p = times(p, f) + 8.3334519073e-3f;
+    p = times(p, f) + 4.1665795894e-2f;
+    p = times(p, f) + 1.6666665459e-1f;
+    p = times(p, f) + 5.0000001201e-1f;
+    return {times(times(p, f), f) + f + 1.0f, __builtin_convertvector(n, vi)};
+}
+
+FASTKD_INLINE vf power_of_two(vi n) { return bits((n + 127) << 23); }
+
+// x / (1 + e^-v) for v of the sign of x; 0 below -89, where float32 arithmetic has 0 too. Neither side loses the digits of
+// a small result, and nothing between is smaller than the smallest normal float: hence the 16.
+FASTKD_INLINE vf gated(vf x, vf v) {
+    const Exponential e = exponential(at_least(bits(bits(v) | (vi{} + INT32_MIN)), splat(-90.0f)));
+    const vi negative = v < 0.0f;
+    const vf power = power_of_two(e.exponent + 4), small = times(e.mantissa, power);
+    const vf divisor = times(small, splat(0.0625f)) + 1.0f;
+    const vf below = times(times(times(x, splat(0.0625f)), e.mantissa) / divisor, power);
+    return select(v < -89.0f, vf{}, select(negative, below, x / divisor));
+}
+
+// x Phi(x): Phi(-y) = e^(-y^2 / 2) t q(t) with t = 1 / (1 + 0.35 y), of relative error 2e-7. It ends below the smallest
+// float; 2^32 lets the power of two be a normal one there.
+FASTKD_INLINE vf gelu(vf x) {
+    const vf y = at_most(abs(x), splat(14.5f)), t = splat(1.0f) / (times(y, splat(0.35f)) + 1.0f);
+    vf q = splat(-0.0291580297f);
+    q = times(q, t) + 0.144031614f;
+    q = times(q, t) - 0.255840391f;
+    q = times(q, t) + 0.159321249f;
+    q = times(q, t) - 0.0232133921f;
+    q = times(q, t) + 0.105552927f;
+    q = times(q, t) + 0.119821183f;
+    q = times(q, t) + 0.139863536f;
+    q = times(q, t) + 0.139621302f;
+    const Exponential e = exponential(times(times(y, y), splat(-0.5f)));
+    const vf power = power_of_two(e.exponent + 32), tail = times(times(times(q, t), e.mantissa), splat(2.328306437e-10f));
+    return select(x < -14.5f, vf{}, select(x < 0.0f, times(times(x, tail), power), times(x, 1.0f - times(tail, power))));
+}
+
+FASTKD_INLINE vf gelu_tanh(vf x) {
+    const vf cube = times(times(times(x, x), x), splat(0.044715f));
+    return gated(x, times(x + cube, splat(1.59576912160573071f)));
+}
+
+template <Activation activation>
+FASTKD_INLINE vf activated(vf y) {
+    if (activation == Activation::relu) return at_least(y, splat(0.0f));
+    if (activation == Activation::gelu) return gelu(y);
+    if (activation == Activation::gelu_tanh) return gelu_tanh(y);
+    if (activation == Activation::silu) return gated(y, y);
+    return y;
+}
+
+// n of W, and zeros: only whole vectors are read and written at once.
+template <bool whole>
+FASTKD_INLINE vf take_floats(const float* p, int64_t n) {
+    if (whole) return load(p);
+    vf x{};
+    __builtin_memcpy(&x, p, n * sizeof(float));
+    return x;
+}
+
+template <bool whole>
+FASTKD_INLINE vf take(const void* p, Dtype dtype, int64_t at, int64_t n) {
+    if (dtype == Dtype::float32) return take_floats<whole>(static_cast<const float*>(p) + at, n);
+    vh x{};
+    __builtin_memcpy(&x, static_cast<const uint16_t*>(p) + at, whole ? sizeof x : n * sizeof(uint16_t));
+    return dtype == Dtype::bfloat16 ? widen_bfloat16(x) : widen_float16(x);
+}
+
+template <bool whole>
+FASTKD_INLINE void put(void* p, Dtype dtype, int64_t at, int64_t n, vf y) {
+    if (dtype == Dtype::float32) {
+        __builtin_memcpy(static_cast<float*>(p) + at, &y, whole ? sizeof y : n * sizeof(float));
+    } else {
+        const vh x = dtype == Dtype::bfloat16 ? narrow_bfloat16(y) : narrow_float16(y);
+        __builtin_memcpy(static_cast<uint16_t*>(p) + at, &x, whole ? sizeof x : n * sizeof(uint16_t));
+    }
+}
+
+// Whole vectors, even at the end of a line: it is padded.
+FASTKD_INLINE vf take_sums(const void* sums, bool floats, int64_t at) {
+    vi x;
+    __builtin_memcpy(&x, static_cast<const int32_t*>(sums) + at, sizeof x);
+    return floats ? bits(x) : __builtin_convertvector(x, vf);
+}
+
+// `by_line`: channels are lines. `plain`: float32 without a residual, which leaves little to decide for each vector.
+template <Activation activation, bool by_line, bool plain, bool whole>
+FASTKD_INLINE void finish_vector(const Int8Lines& l, int64_t line, int64_t c, vf step, vf line_scale, vf line_bias) {
+    const int64_t n = l.columns - c;
+    const Dtype dtype = plain ? Dtype::float32 : l.dtype;
+    const vf scale = by_line ? line_scale : take_floats<whole>(l.scale + c, n);
+    vf y = times(times(take_sums(l.sums, l.floats, line * l.pitch + c), scale), step);
+    if (l.bias) y += by_line ? line_bias : take_floats<whole>(l.bias + c, n);
+    if (!plain && l.residual) y += take<whole>(l.residual, dtype, line * l.residual_stride + c, n);
+    put<whole>(l.output, dtype, line * l.output_stride + c, n, activated<activation>(y));
+}
+
+template <Activation activation, bool by_line, bool plain>
+static void finish_lines(const Int8Lines& lines) {
+    const Int8Lines l = lines;  // what is written to the output cannot change a copy, and the compiler knows it
+    for (int64_t line = 0; line < l.lines; ++line) {
+        const vf step = splat(l.steps[line * l.steps_stride]);
+        const vf scale = splat(by_line ? l.scale[line] : 0), bias = splat(by_line && l.bias ? l.bias[line] : 0);
+        int64_t c = 0;
+        for (; c + W <= l.columns; c += W) finish_vector<activation, by_line, plain, true>(l, line, c, step, scale, bias);
+        if (c < l.columns) finish_vector<activation, by_line, plain, false>(l, line, c, step, scale, bias);
+    }
+}
+
+template <Activation activation>
+static void finish(const Int8Lines& l) {
+    const bool plain = l.dtype == Dtype::float32 && !l.residual;
+    if (l.channels_are_lines) {
+        plain ? finish_lines<activation, true, true>(l) : finish_lines<activation, true, false>(l);
+    } else {
+        plain ? finish_lines<activation, false, true>(l) : finish_lines<activation, false, false>(l);
+    }
+}
+
+void int8_finish(const Int8Lines& l) {
+    switch (l.activation) {
+        case Activation::none: return finish<Activation::none>(l);
+        case Activation::relu: return finish<Activation::relu>(l);
+        case Activation::gelu: return finish<Activation::gelu>(l);
+        case Activation::gelu_tanh: return finish<Activation::gelu_tanh>(l);
+        case Activation::silu: return finish<Activation::silu>(l);
+    }
+}
+
+#if defined(__clang__)
+FASTKD_INLINE vi shuffled(vi a, vi b, vi from) {
+    vi result;
+    for (int lane = 0; lane < W; ++lane) result[lane] = from[lane] < W ? a[from[lane]] : b[from[lane] - W];
+    return result;
+}
+#else
+FASTKD_INLINE vi shuffled(vi a, vi b, vi from) { return __builtin_shuffle(a, b, from); }
+#endif
+
+// A square of W x W: each step swaps, at one distance, the blocks beside the diagonal.
+template <int distance>
+FASTKD_INLINE void swap_blocks(vi (&square)[W]) {
+    vi first{}, second{};
+    for (int lane = 0; lane < W; ++lane) {
+        first[lane] = lane & distance ? W + lane - distance : lane;
+        second[lane] = lane & distance ? W + lane : lane + distance;
+    }
+    for (int i = 0; i < W; ++i) {
+        if (i & distance) continue;
+        const vi a = square[i], b = square[i + distance];
+        square[i] = shuffled(a, b, first);
+        square[i + distance] = shuffled(a, b, second);
+    }
+}
+
+void int8_transpose(const int32_t* sums, int64_t rows, int64_t columns, int32_t* out, int64_t pitch) {
+    for (int64_t r = 0; r < rows; r += W) {
+        const int64_t n = rows - r < W ? rows - r : W;
+        for (int64_t c = 0; c < columns; c += W) {
+            vi square[W]{};
+            for (int i = 0; i < n; ++i) __builtin_memcpy(&square[i], sums + (r + i) * columns + c, sizeof(vi));
+            swap_blocks<1>(square);
+            swap_blocks<2>(square);
+            if constexpr (W > 4) swap_blocks<4>(square);
+            if constexpr (W > 8) swap_blocks<8>(square);
+            for (int i = 0; i < W; ++i) __builtin_memcpy(out + (c + i) * pitch + r, &square[i], sizeof(vi));
+        }
+    }
+}
+
+}  // namespace
+}  // namespace fastkd

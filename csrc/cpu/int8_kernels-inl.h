@@ -1,0 +1,22 @@
+// The table of the int8 pieces. Included by one unit for each instruction set.
+#pragma once
+#include "int8_float-inl.h"
+
+namespace fastkd {
+namespace {
+
+constexpr Int8Kernels int8_kernels = {
+    {W, kPanels, kProductRows, kGroup, kZero},
+    int8_largest,
+    int8_quantize,
+    int8_quantize_planes,
+    int8_products,
+    int8_transpose,
+    int8_finish,
+    int8_float_products,
+    int8_widen,
+    int8_dequantize,
+};
+
+}  // namespace
+}  // namespace fastkd

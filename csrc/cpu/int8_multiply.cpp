@@ -1,0 +1,143 @@
+#include "int8_multiply.h"
+
+#include "int8_steps.h"
+#include "isa.h"
+#include "threads.h"
+
+namespace fastkd {
+namespace {
+
+constexpr int64_t kStrip = 64;  // pixels: about as many as columns, so that neither side is read much more often
+constexpr int64_t kCost = 128;  // products that are as dear as one id of a row of logits (threads.h)
+constexpr int64_t kStream = 8;  // rows that could be computed while a block of weights is read
+
+// What a strip of pixels and a block of columns become, until it is written. Whole panels and, transposed, whole vectors.
+struct alignas(64) Stage {
+    union {
+        int32_t sums[kStrip * kMostColumns];
+        float floats[kStrip * kMostColumns];
+    };
+    int32_t turned[kStrip * kMostColumns];
+};
+
+class Strip {
+  public:
+    Strip(const Int8Grid& g, const Packing& p, const char* packed, const Int8Epilogue& e)
+        : g_(g), p_(p), packed_(packed), e_(e), kernels_(active_instruction_set().int8) {}
+
+    void compute(int64_t image, int64_t begin, int64_t end, int64_t group, int64_t block) {
+        const int panels = static_cast<int>(p_.first_panel(block + 1) - p_.first_panel(block));
+        const int64_t pitch = panels * p_.layout.lanes, first = p_.first_panel(block) * p_.layout.lanes;
+        const char* numbers = g_.numbers + image * g_.image_stride + group * g_.group_stride;
+        for (int64_t part = 0; part < p_.parts; ++part) {
+            const char* weights = packed_ + p_.offset(group, part, block);
+            multiply(numbers, begin, end, g_.runs[part], panels, weights, pitch);
+            if (p_.parts > 1) add_part(part, (end - begin) * pitch);
+        }
+        finish(image, begin, end, group * p_.columns + first, std::min(pitch, p_.columns - first), pitch);
+    }
+
+  private:
+    void multiply(const char* numbers, int64_t begin, int64_t end, const std::vector<Run>& runs, int panels,
+                  const char* weights, int64_t pitch) {
+        for (int64_t pixel = begin; pixel < end;) {
+            const int64_t y = pixel / g_.width, x = pixel % g_.width;
+            int64_t left = std::min(g_.width - x, end - pixel);  // of this line, in tiles as alike as can be
+            const char* at = numbers + y * g_.line_stride + x * g_.pixel_stride;
+            for (int64_t tiles = (left + p_.layout.rows - 1) / p_.layout.rows; tiles > 0; --tiles) {
+                const int rows = static_cast<int>((left + tiles - 1) / tiles);
+                const Int8Rows a{at, g_.pixel_stride, runs.data(), static_cast<int64_t>(runs.size())};
+                if (g_.floats) {
+                    kernels_.float_products(a, rows, panels, weights, stage_.floats + (pixel - begin) * pitch);
+                } else {
+                    kernels_.products(a, rows, panels, weights, stage_.sums + (pixel - begin) * pitch);
+                }
+                at += rows * g_.pixel_stride, pixel += rows, left -= rows;
+            }
+        }
+    }
+
+    // Sums of several parts need more than 32 bits; a double holds integers of 53. The last part leaves floats.
+    void add_part(int64_t part, int64_t count) {
+        if (part == 0) wide_.assign(count, 0);
+        for (int64_t i = 0; i < count; ++i) wide_[i] += g_.floats ? stage_.floats[i] : stage_.sums[i];
+        if (part + 1 == p_.parts) std::copy(wide_.begin(), wide_.end(), stage_.floats);
+    }
+
+    void finish(int64_t image, int64_t begin, int64_t end, int64_t channel, int64_t columns, int64_t pitch) {
+        const int64_t pixels = g_.height * g_.width;
+        Int8Lines l;
+        l.sums = stage_.sums, l.floats = g_.floats || p_.parts > 1, l.pitch = pitch;
+        l.lines = end - begin, l.columns = columns, l.channels_are_lines = e_.planes;
+        l.scale = e_.scale + channel, l.bias = e_.bias ? e_.bias + channel : nullptr;
+        l.steps = e_.step_by_pixel ? e_.steps + begin : e_.steps + image, l.steps_stride = e_.step_by_pixel;
+        l.residual_stride = e_.residual_stride, l.output_stride = e_.output_stride;
+        l.dtype = e_.dtype, l.activation = e_.activation;
+        int64_t from = (image * pixels + begin) * e_.output_stride + channel;
+        int64_t added = (image * pixels + begin) * e_.residual_stride + channel;
+        if (e_.planes) {
+            kernels_.transpose(stage_.sums, end - begin, pitch, stage_.turned, kStrip);
+            l.sums = stage_.turned, l.pitch = kStrip;
+            std::swap(l.lines, l.columns);
+            from = added = (image * p_.shape.channels + channel) * pixels + begin;
+        }
+        const int64_t size = element_size(e_.dtype);
+        l.output = static_cast<char*>(e_.output) + from * size;
+        l.residual = e_.residual ? static_cast<const char*>(e_.residual) + added * size : nullptr;
+        kernels_.finish(l);
+    }
+
+    const Int8Grid& g_;
+    const Packing& p_;
+    const char* packed_;
+    const Int8Epilogue& e_;
+    const Int8Kernels& kernels_;
+    Stage stage_;
+    std::vector<double> wide_;
+};
+
+}  // namespace
+
+std::vector<std::vector<Run>> parts_of(const std::vector<Run>& taps, const Packing& p, int64_t word_bytes) {
+    std::vector<std::vector<Run>> parts(1);
+    int64_t room = p.part_words;
+    for (const Run& tap : taps) {
+        for (int64_t word = 0; word < tap.words;) {
+            if (room == 0) parts.emplace_back(), room = p.part_words;
+            std::vector<Run>& runs = parts.back();
+            const int64_t words = std::min(tap.words - word, room), offset = tap.offset + word_bytes * word;
+            if (!runs.empty() && runs.back().offset + word_bytes * runs.back().words == offset) {
+                runs.back().words += words;  // the next tap's numbers follow in memory
+            } else {
+                runs.push_back({offset, words});
+            }
+            word += words, room -= words;
+        }
+    }
+    return parts;
+}
+
+Int8Epilogue epilogue_of_rows(const Int8Layer& l, const Int8Matrix& m, const Packing& p, int64_t first, const float* steps,
+                              bool step_by_pixel) {
+    const int64_t size = element_size(l.dtype), columns = p.shape.channels;
+    const char* residual = static_cast<const char*>(l.residual);
+    return {l.scale, l.bias, steps, step_by_pixel, residual ? residual + first * m.residual_stride * size : nullptr,
+            static_cast<char*>(l.output) + first * columns * size, m.residual_stride, columns, false, l.dtype, l.activation};
+}
+
+void int8_multiply(const Int8Grid& g, const Packing& p, const char* packed, const Int8Epilogue& e, int threads) {
+    const int64_t pixels = g.height * g.width, strips = (pixels + kStrip - 1) / kStrip;
+    const int64_t blocks = p.shape.groups * p.blocks, items = g.images * strips * blocks;
+    if (items == 0) return;
+    const int64_t columns = std::min<int64_t>(p.columns, kMostColumns);
+    const int64_t products = p.words * p.layout.group * columns * (std::min(pixels, kStrip) + kStream);
+    for_each_chunk(items, products / kCost, threads, [&](int64_t begin, int64_t end) {
+        Strip strip(g, p, packed, e);
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t first = i / blocks % strips * kStrip, block = i % blocks;
+            strip.compute(i / (strips * blocks), first, std::min(pixels, first + kStrip), block / p.blocks, block % p.blocks);
+        }
+    });
+}
+
+}  // namespace fastkd

@@ -1,0 +1,40 @@
+// The products of an int8 layer over threads: quantised rows, whichever way they lie, times packed weights, to the output.
+#pragma once
+#include <vector>
+
+#include "int8_layers.h"
+
+namespace fastkd {
+
+// The rows of a linear layer are one image of one line.
+struct Int8Grid {
+    const char* numbers;
+    bool floats;  // the numbers are
+    int64_t images, height, width;                     // of the output
+    int64_t image_stride, line_stride, pixel_stride;   // bytes from one output pixel's row to the next's
+    int64_t group_stride;                              // bytes from one group's numbers to the next's
+    std::vector<std::vector<Run>> runs;                // of each part of the packed weights
+};
+
+struct Int8Epilogue {
+    const float *scale, *bias;
+    const float* steps;
+    bool step_by_pixel;    // else by image
+    const void* residual;  // or null
+    void* output;
+    int64_t residual_stride, output_stride;  // numbers from pixel to pixel; in planes from channel to channel
+    bool planes;
+    Dtype dtype;
+    Activation activation;
+};
+
+// The runs of each part, from those of a whole row.
+std::vector<std::vector<Run>> parts_of(const std::vector<Run>& taps, const Packing&, int64_t word_bytes);
+
+// Of the rows of a linear layer from `first` on.
+Int8Epilogue epilogue_of_rows(const Int8Layer&, const Int8Matrix&, const Packing&, int64_t first, const float* steps,
+                              bool step_by_pixel);
+
+void int8_multiply(const Int8Grid&, const Packing&, const char* packed, const Int8Epilogue&, int threads);
+
+}  // namespace fastkd

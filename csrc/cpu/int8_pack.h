@@ -1,0 +1,61 @@
+// The weights of an int8 layer in the order that the products read them in (int8.h).
+//
+// A group of a convolution after the other; within it parts of at most kMostTerms numbers of a sum, which 32 bits can hold;
+// within these blocks of panels, as alike in width as can be.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "int8.h"
+
+namespace fastkd {
+
+constexpr int64_t kMostTerms = 131072;  // 2^17 * 127 * 128 < 2^31
+
+// (channels, terms, taps): a linear layer has one tap, and a convolution as many terms as a group has input channels.
+struct Int8Shape {
+    int64_t channels, terms, taps, groups;
+};
+
+class Packing {
+  public:
+    Packing(const Int8Shape& shape, const Int8Layout& layout)
+        : shape(shape),
+          layout(layout),
+          columns(shape.groups ? shape.channels / shape.groups : 0),
+          panels((columns + layout.lanes - 1) / layout.lanes),
+          blocks((panels + layout.panels - 1) / layout.panels),
+          tap_words((shape.terms + layout.group - 1) / layout.group),
+          words(tap_words * shape.taps),
+          part_words(kMostTerms / layout.group),
+          parts(std::max<int64_t>(1, (words + part_words - 1) / part_words)) {}
+
+    // The first panel of a block; that of the next is one past its last.
+    int64_t first_panel(int64_t block) const {
+        return blocks == 0 ? 0 : block * (panels / blocks) + std::min(block, panels % blocks);
+    }
+    int64_t words_of(int64_t part) const { return std::min(part_words, words - part * part_words); }
+    int64_t bytes() const { return shape.groups * bytes_of_group(); }
+    int64_t offset(int64_t group, int64_t part, int64_t block) const {
+        const int64_t before = part * panels * bytes_of_panel(part_words);
+        return group * bytes_of_group() + before + first_panel(block) * bytes_of_panel(words_of(part));
+    }
+
+    const Int8Shape shape;
+    const Int8Layout layout;
+    const int64_t columns;  // of a group
+    const int64_t panels, blocks;
+    const int64_t tap_words, words;  // of a group's row
+    const int64_t part_words, parts;
+
+  private:
+    int64_t bytes_of_panel(int64_t words) const { return layout.lanes * (4 + words * layout.group); }
+    int64_t bytes_of_group() const {
+        return panels * ((parts - 1) * bytes_of_panel(part_words) + bytes_of_panel(words_of(parts - 1)));
+    }
+};
+
+// `weight`: [channels][terms][taps].
+void int8_pack(const Packing&, const int8_t* weight, char* packed, int threads);
+
+}  // namespace fastkd

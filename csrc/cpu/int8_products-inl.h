@@ -1,0 +1,110 @@
+// Sums of products of int8 numbers, exact modulo 2^32. Included by one unit for each instruction set.
+#pragma once
+#include "int8_quantize-inl.h"
+
+namespace fastkd {
+namespace {
+
+// Sums of a tile stay in registers: 24 of 32 where a register has 16 lanes, elsewhere 8 of 16.
+constexpr int kPanels = W == 16 ? 3 : 2, kProductRows = W == 16 ? 8 : 4;
+static_assert(kPanels * W <= kMostColumns, "a block fits the memory of its sums");
+constexpr int64_t kWordBytes = W * kGroup;  // of a panel
+
+#if defined(__AVX512VNNI__)
+typedef vi Weights;
+FASTKD_INLINE Weights load_weights(const char* p) {
+    vi w;
+    __builtin_memcpy(&w, p, sizeof w);
+    return w;
+}
+FASTKD_INLINE vi add_products(vi sums, vi numbers, Weights w) {
+    return (vi)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)numbers, (__m512i)w);
+}
+#else
+// Of 16 bits each. The instruction that multiplies bytes would saturate at 2^15, with no error.
+typedef vi Weights;
+FASTKD_INLINE Weights load_weights(const char* p) {
+#if defined(__AVX512F__)
+    return (vi)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+    return (vi)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    typedef int8_t vb __attribute__((vector_size(2 * W)));
+    typedef int16_t vs __attribute__((vector_size(4 * W)));
+    vb w;
+    __builtin_memcpy(&w, p, sizeof w);
+    return (vi)__builtin_convertvector(w, vs);
+#endif
+}
+FASTKD_INLINE vi add_products(vi sums, vi numbers, Weights w) {
+#if defined(__AVX512F__)
+    return sums + (vi)_mm512_madd_epi16((__m512i)numbers, (__m512i)w);
+#elif defined(__AVX2__)
+    return sums + (vi)_mm256_madd_epi16((__m256i)numbers, (__m256i)w);
+#elif defined(__x86_64__)
+    return sums + (vi)_mm_madd_epi16((__m128i)numbers, (__m128i)w);
+#else
+    return sums + (numbers << 16 >> 16) * (w << 16 >> 16) + (numbers >> 16) * (w >> 16);
+#endif
+}
+#endif
+
+FASTKD_INLINE vi broadcast_word(const char* p) {
+    int32_t word;
+    __builtin_memcpy(&word, p, sizeof word);
+    return word - vi{};
+}
+
+// Not inlined: within a larger function gcc 12 keeps the sums in memory, at half the speed. Three rows share an address,
+// so that all of them fit the registers.
+template <int rows, int panels>
+__attribute__((noinline)) void product_tile(const Int8Rows& a, const char* block, int32_t* out) {
+    vi sums[rows * panels];
+#pragma GCC unroll 24
+    for (int i = 0; i < rows * panels; ++i) __builtin_memcpy(&sums[i], block + i % panels * sizeof(vi), sizeof(vi));
+    const char* weights = block + panels * sizeof(vi);
+    const int64_t stride = a.stride;
+    for (const Run* run = a.runs; run < a.runs + a.count; ++run) {
+        const char* at[(rows + 2) / 3];
+#pragma GCC unroll 3
+        for (int t = 0; t < (rows + 2) / 3; ++t) at[t] = a.data + run->offset + 3 * t * stride;
+        for (int64_t word = 0; word < run->words; ++word) {
+            Weights w[panels];
+#pragma GCC unroll 4
+            for (int p = 0; p < panels; ++p) w[p] = load_weights(weights + p * kWordBytes);
+#pragma GCC unroll 24
+            for (int i = 0; i < rows * panels; ++i) {
+                const int r = i / panels;
+                sums[i] = add_products(sums[i], broadcast_word(at[r / 3] + r % 3 * stride + 4 * word), w[i % panels]);
+            }
+            weights += panels * kWordBytes;
+        }
+    }
+#pragma GCC unroll 24
+    for (int i = 0; i < rows * panels; ++i) __builtin_memcpy(out + i * W, &sums[i], sizeof(vi));
+}
+
+template <int rows>
+FASTKD_INLINE void products_of_rows(const Int8Rows& a, int panels, const char* block, int32_t* sums) {
+    if (panels == 1) return product_tile<rows, 1>(a, block, sums);
+    if (kPanels == 2 || panels == 2) return product_tile<rows, 2>(a, block, sums);
+    product_tile<rows, kPanels>(a, block, sums);
+}
+
+void int8_products(const Int8Rows& a, int rows, int panels, const char* block, int32_t* sums) {
+    switch (rows) {
+        case 1: return products_of_rows<1>(a, panels, block, sums);
+        case 2: return products_of_rows<2>(a, panels, block, sums);
+        case 3: return products_of_rows<3>(a, panels, block, sums);
+        case 4: return products_of_rows<4>(a, panels, block, sums);
+#if defined(__AVX512F__)
+        case 5: return products_of_rows<5>(a, panels, block, sums);
+        case 6: return products_of_rows<6>(a, panels, block, sums);
+        case 7: return products_of_rows<7>(a, panels, block, sums);
+        case 8: return products_of_rows<8>(a, panels, block, sums);
+#endif
+    }
+}
+
+}  // namespace
+}  // namespace fastkd

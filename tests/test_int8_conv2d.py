@@ -1,0 +1,145 @@
+"""int8 convolutions: every implementation gives the bits of the formula, in both memory formats."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from int8_problems import ACTIVATIONS, DTYPES, assert_same_bits, conv2d, flat, int8, scales, weights
+from torch import Tensor
+
+IMPLEMENTATIONS = ("reference", "native")
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+def window_of(dice: random.Random) -> dict[str, Any]:
+    pairs = {"stride": (1, 2, 3), "padding": (0, 1, 2), "dilation": (1, 2)}
+    return {name: (dice.choice(choices), dice.choice(choices)) for name, choices in pairs.items()}
+
+
+def images(dice: random.Random, channels: int, dtype: torch.dtype) -> Tensor:
+    batch, height, width = dice.choice([1, 2, 3]), dice.choice([9, 12, 17]), dice.choice([9, 14, 20, 40])
+    return flat(batch, channels, height, width, seed=channels, dtype=dtype).to(memory_format=dice.choice(FORMATS))
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_any_shape_has_the_bits_of_the_formula(impl: str, seed: int) -> None:
+    dice = random.Random(seed)
+    groups, taken, given = (
+        dice.choice([1, 1, 2, 3]),
+        dice.choice([1, 2, 3, 4, 5, 8, 17]),
+        dice.choice([1, 2, 8, 20, 33]),
+    )
+    if dice.random() < 0.25:  # a channel a group
+        groups, taken, given = dice.choice([1, 3, 16, 21]), 1, dice.choice([1, 1, 2])
+    kernel = dice.choice([(1, 1), (3, 3), (1, 3), (2, 5)])
+    dtype, activation, window = (
+        dice.choice(DTYPES),
+        dice.choice(["none", "relu"]),
+        {**window_of(dice), "groups": groups},
+    )
+    x = images(dice, groups * taken, dtype)
+    count = groups * given
+    w, scale, bias = weights(count, taken, *kernel, seed=seed), scales(count, seed), flat(count, seed=1)
+    bias = bias if dice.random() < 0.7 else None
+    step = 0.021 if dice.random() < 0.4 else None
+    want = conv2d(x, w, scale, bias, step, **window)
+    residual = flat(*want.shape, seed=2, dtype=dtype) if dice.random() < 0.5 else None
+    options = {"input_scale": None if step is None else torch.tensor(step), "activation": activation}
+    got = int8.conv2d(x, w, scale, bias, residual=residual, **options, **window, impl=impl)
+    assert got.dtype is dtype
+    assert_same_bits(got, ACTIVATIONS[activation](conv2d(x, w, scale, bias, step, residual, **window)))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_output_has_the_memory_format_of_the_input(impl: str, form: torch.memory_format) -> None:
+    x, w, scale = flat(2, 5, 9, 9).to(memory_format=form), weights(7, 5, 3, 3), scales(7)
+    assert int8.conv2d(x, w, scale, impl=impl).is_contiguous(memory_format=form)
+    crop = x[:, :, 1:8, 2:]  # neither
+    assert_same_bits(int8.conv2d(crop, w, scale, impl=impl), conv2d(crop, w, scale, None))
+
+
+def test_residuals_of_another_memory_format(impl: str) -> None:
+    x, w, scale = flat(2, 5, 9, 9), weights(7, 5, 3, 3), scales(7)
+    residual = flat(2, 7, 7, 7, seed=1).to(memory_format=torch.channels_last)
+    want = conv2d(x, w, scale, None, None, residual)
+    assert_same_bits(int8.conv2d(x, w, scale, residual=residual, impl=impl), want)
+    last = x.to(memory_format=torch.channels_last)
+    assert_same_bits(int8.conv2d(last, w, scale, residual=residual.contiguous(), impl=impl), want)
+
+
+@pytest.mark.parametrize("groups", [1, 64])
+@pytest.mark.parametrize("form", FORMATS)
+def test_networks_like_these(impl: str, form: torch.memory_format, groups: int) -> None:
+    """Images larger than a strip of pixels, more columns than a block, and every activation with a residual."""
+    x = flat(2, 64, 20, 19).to(memory_format=form)
+    w, scale, bias = weights(128, 64 // groups, 3, 3), scales(128) * 0.01, flat(128)
+    residual = flat(2, 128, 10, 10, seed=1).to(memory_format=form)
+    window: dict[str, Any] = {"stride": 2, "padding": 1, "groups": groups}
+    before = conv2d(x, w, scale, bias, None, residual, **window)
+    for name, activation in ACTIVATIONS.items():
+        got = int8.conv2d(x, w, scale, bias, activation=name, residual=residual, **window, impl=impl)
+        torch.testing.assert_close(got, activation(before), rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("step", [None, 0.5])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_an_image_that_is_not_finite_is_nan_and_harms_no_other(
+    impl: str, wrong: float, step: float | None, form: torch.memory_format
+) -> None:
+    x, w, scale = flat(3, 5, 9, 9).to(memory_format=form), weights(7, 5, 3, 3), scales(7)
+    given = None if step is None else torch.tensor(step)
+    clean = int8.conv2d(x, w, scale, input_scale=given, impl=impl)
+    x[1, 4, 8, 8] = wrong
+    got = int8.conv2d(x, w, scale, input_scale=given, activation="relu", impl=impl)
+    assert got[1].isnan().all()
+    assert torch.equal(got[[0, 2]], clean[[0, 2]].relu())
+
+
+def test_an_image_of_zeros_gives_the_bias(impl: str) -> None:
+    bias = flat(7)
+    got = int8.conv2d(torch.zeros(2, 5, 9, 9), weights(7, 5, 3, 3), scales(7), bias, padding=1, impl=impl)
+    assert torch.equal(got, bias.view(1, 7, 1, 1).expand(2, 7, 9, 9))
+
+
+def test_shapes_at_the_edge(impl: str) -> None:
+    w, scale, bias = weights(7, 5, 3, 3), scales(7), flat(7)
+    assert int8.conv2d(torch.zeros(0, 5, 9, 9), w, scale, impl=impl).shape == (0, 7, 7, 7)
+    one = flat(5, 9, 9)
+    assert_same_bits(int8.conv2d(one, w, scale, bias, impl=impl), conv2d(one[None], w, scale, bias)[0])
+    residual = flat(7, 7, 7)
+    got = int8.conv2d(one, w, scale, bias, residual=residual, impl=impl)
+    assert_same_bits(got, conv2d(one[None], w, scale, bias, None, residual[None])[0])
+    for form in FORMATS:  # as squeeze-and-excitation has it
+        pixel = flat(3, 5, 1, 1).to(memory_format=form)
+        assert_same_bits(int8.conv2d(pixel, w[:, :, :1, :1], scale, bias, impl=impl),
+                         conv2d(pixel, w[:, :, :1, :1], scale, bias))  # fmt: skip
+        got = int8.conv2d(pixel, w, scale, bias, padding=2, impl=impl)
+        assert_same_bits(got, conv2d(pixel, w, scale, bias, padding=2))
+    assert int8.conv2d(flat(1, 5, 9, 9), weights(0, 5, 3, 3), scales(0), impl=impl).shape == (1, 0, 7, 7)
+
+
+@pytest.mark.parametrize(("channels", "kernel"), [(4000, (6, 6)), (140000, (1, 1))])
+def test_sums_are_exact_however_long(impl: str, channels: int, kernel: tuple[int, int]) -> None:
+    """Taps and channels that 32 bits cannot hold the sum of."""
+    x = torch.full((1, channels, *kernel), 127.0)
+    w = torch.cat([torch.full((1, channels, *kernel), -128), weights(1, channels, *kernel)]).to(torch.int8)
+    got = int8.conv2d(x, w, torch.ones(2), input_scale=torch.tensor(1.0), impl=impl)
+    want = w.double().sum((1, 2, 3)) * 127
+    assert_same_bits(got.flatten(), want.float())
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("form", FORMATS)
+def test_threads_change_no_bit(form: torch.memory_format) -> None:
+    """Large enough for several chunks, and for images in several rounds of memory."""
+    x, w, scale = flat(3, 64, 120, 130).to(memory_format=form), weights(40, 64, 3, 3), scales(40)
+    want = int8.conv2d(x, w, scale, padding=1, impl="native")
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        assert torch.equal(int8.conv2d(x, w, scale, padding=1, impl="native"), want)
+    some = int8.conv2d(x[2:], w, scale, padding=1, impl="reference")
+    assert torch.equal(want[2:], some)

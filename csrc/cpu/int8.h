@@ -57,21 +57,32 @@ struct Int8Lines {
     Activation activation;
 };
 
+// Pixels from planes of channels, to words of one pixel side by side. The rest of the last word is the number 0.
+struct Int8Planes {
+    const void* x;
+    Dtype dtype;
+    int64_t plane;     // numbers from one channel to the next
+    int64_t channels;  // given
+    int64_t width, lines;
+    float step;
+    char* words;
+    int64_t pixel_bytes, line_bytes;  // of the words, from one pixel and line to the next
+};
+
 struct Int8Kernels {
     Int8Layout layout;
     // The bits of the largest |x|, as a float: those of a NaN are above infinity's.
     uint32_t (*largest)(const void* x, Dtype, int64_t n);
-    // Numbers side by side, without padding.
-    void (*quantize)(const void* x, Dtype, int64_t n, float step, void* numbers);
-    // The words of n pixels from planes of channels: `channels` of them, a plane's numbers `plane` apart, words to `out`,
-    // `pixel` bytes from pixel to pixel. The last word's rest is zero.
-    void (*quantize_planes)(const void* x, Dtype, int64_t plane, int64_t channels, int64_t n, float step, char* out,
-                            int64_t pixel);
+    // Numbers side by side, without padding. Both return what `largest` does, for a step that is known before.
+    uint32_t (*quantize)(const void* x, Dtype, int64_t n, float step, void* numbers);
+    uint32_t (*quantize_planes)(const Int8Planes&);
     // sums[r * panels * lanes + c], of at most layout.rows rows and a block of `panels` panels.
     void (*products)(const Int8Rows&, int rows, int panels, const char* block, int32_t* sums);
     // columns of lines, and lines of columns: [rows][columns] to [columns][pitch], of whole panels.
     void (*transpose)(const int32_t* sums, int64_t rows, int64_t columns, int32_t* out, int64_t pitch);
     void (*finish)(const Int8Lines&);
+    // As products, where each channel has its own column: a row's words are its taps, and of each the first bytes count.
+    void (*depthwise_products)(const Int8Rows&, int rows, int panels, const char* block, int32_t* sums);
     // Rows of floats, `group` of them in the place of a word.
     void (*float_products)(const Int8Rows&, int rows, int panels, const char* block, float* sums);
     void (*widen)(const void* x, Dtype, int64_t n, float* out);

@@ -4,40 +4,61 @@
 #include "int8_multiply.h"
 #include "int8_steps.h"
 #include "isa.h"
+#include "logit_task.h"
 #include "threads.h"
 
 namespace fastkd {
 namespace {
+
+constexpr int64_t kLines = 8;  // that are quantised at a time: of planes, the longer the runs the better
+constexpr int64_t kImages = 2 << 20;  // bytes of numbers at a time: what is read twice is still in a cache the second time
+
+// How the channels of a pixel are laid out: groups of so many, each filled up to whole words.
+struct Channels {
+    int64_t groups, terms, words;
+    int64_t count() const { return groups * terms; }
+};
+
+Channels channels_of(const Packing& p, const Int8Layout& layout) {
+    if (!p.depthwise) return {p.shape.groups, p.shape.terms, p.tap_words};
+    return {1, p.shape.channels, (p.shape.channels + layout.group - 1) / layout.group};
+}
 
 // Images quantised with their padding around them, channels innermost: the taps of an output pixel are then at the same
 // distances everywhere, and nothing is copied once for each tap.
 class Quantised {
   public:
     Quantised(const Int8Layer& l, const Int8Images& i, const Packing& p)
-        : l_(l), i_(i), p_(p), kernels_(active_instruction_set().int8),
-          channels_(p.shape.terms * p.shape.groups),
+        : l_(l), i_(i), kernels_(active_instruction_set().int8), channels_(channels_of(p, kernels_.layout)),
           height(i.height + 2 * i.padding[0]), width(i.width + 2 * i.padding[1]),
-          pixel_bytes(p.shape.groups * p.tap_words * 4), line_bytes(width * pixel_bytes), image_bytes(height * line_bytes),
-          room(std::max<int64_t>(1, std::min(i.count, kScratch / std::max<int64_t>(1, image_bytes)))),
-          numbers(room * image_bytes), steps(room) {}
+          pixel_bytes(channels_.groups * channels_.words * 4), line_bytes(width * pixel_bytes),
+          image_bytes(height * line_bytes),
+          room(std::max<int64_t>(1, std::min(i.count, kImages / std::max<int64_t>(1, image_bytes)))),
+          numbers(room * image_bytes + kLine),  // a vector that begins in the last pixel may end behind it
+          steps(room), bands_((height + kLines - 1) / kLines), largest_(room * bands_) {}
 
     void fill(int64_t first, int64_t count) {
-        find_steps(first, count);
-        for_each_chunk(count * height, channels_ * i_.width, l_.threads, [&](int64_t begin, int64_t end) {
-            std::vector<char> line(i_.width * channels_ * kernels_.layout.bytes());
+        if (l_.given) {
+            std::fill(steps.begin(), steps.end(), *l_.given);
+        } else {
+            find_steps(first, count);
+        }
+        for_each_chunk(count * bands_, channels_.count() * i_.width * kLines, l_.threads, [&](int64_t begin, int64_t end) {
+            std::vector<char> line(i_.width * channels_.count() * kernels_.layout.bytes() + 4);
             for (int64_t i = begin; i < end; ++i) {
-                char* out = numbers.data() + i * line_bytes;
-                fill_line(first + i / height, i % height - i_.padding[0], steps[i / height], line.data(), out);
+                largest_[i] = fill_band(first + i / bands_, i % bands_, steps[i / bands_], line.data(),
+                                        numbers.data() + i / bands_ * image_bytes);
             }
         });
+        if (!l_.given) return;
+        for (int64_t i = 0; i < count; ++i) steps[i] = step_of(largest(largest_.data() + i * bands_, bands_), l_.given);
     }
 
   private:
     const Int8Layer& l_;
     const Int8Images& i_;
-    const Packing& p_;
     const Int8Kernels& kernels_;
-    const int64_t channels_;
+    const Channels channels_;
 
   public:
     const int64_t height, width;
@@ -47,59 +68,79 @@ class Quantised {
     std::vector<float> steps;
 
   private:
+    const int64_t bands_;            // of an image
+    std::vector<uint32_t> largest_;  // of each band
+
     const char* input(int64_t number) const { return static_cast<const char*>(l_.input) + number * element_size(l_.dtype); }
+
+    static uint32_t largest(const uint32_t* bits, int64_t count) {
+        return count ? *std::max_element(bits, bits + count) : 0;
+    }
 
     void find_steps(int64_t first, int64_t count) {
         constexpr int64_t kPiece = 16384;
-        const int64_t size = channels_ * i_.height * i_.width, pieces = (size + kPiece - 1) / kPiece;
-        std::vector<uint32_t> largest(count * pieces);
+        const int64_t size = channels_.count() * i_.height * i_.width, pieces = (size + kPiece - 1) / kPiece;
+        std::vector<uint32_t> found(count * pieces);
         for_each_chunk(count * pieces, kPiece, l_.threads, [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
                 const int64_t from = i % pieces * kPiece;
                 const char* x = input((first + i / pieces) * size + from);
-                largest[i] = kernels_.largest(x, l_.dtype, std::min(kPiece, size - from));
+                found[i] = kernels_.largest(x, l_.dtype, std::min(kPiece, size - from));
             }
         });
-        for (int64_t i = 0; i < count; ++i) {
-            const auto begin = largest.begin() + i * pieces;
-            steps[i] = step_of(pieces ? *std::max_element(begin, begin + pieces) : 0, l_.given);
-        }
+        for (int64_t i = 0; i < count; ++i) steps[i] = step_of(largest(found.data() + i * pieces, pieces), nullptr);
     }
 
-    void fill_line(int64_t image, int64_t y, float step, char* line, char* out) const {
-        const int zero = kernels_.layout.zero;
-        if (y < 0 || y >= i_.height || is_blank(step)) {
-            std::memset(out, zero, line_bytes);
-            return;
-        }
+    // Some lines of the padded image.
+    uint32_t fill_band(int64_t image, int64_t band, float step, char* line, char* out) const {
+        const int64_t begin = band * kLines, end = std::min(begin + kLines, height);
+        const int64_t first = std::max(begin, i_.padding[0]), last = std::min(end, i_.padding[0] + i_.height);
         const int64_t margin = i_.padding[1] * pixel_bytes;
-        std::memset(out, zero, margin);
-        std::memset(out + line_bytes - margin, zero, margin);
-        if (i_.planes) {
-            fill_from_planes(image, y, step, out + margin);
-        } else {
-            fill_from_pixels(image, y, step, line, out + margin);
+        const int zero = kernels_.layout.zero;
+        if (first >= last || is_blank(step)) {
+            std::memset(out + begin * line_bytes, zero, (end - begin) * line_bytes);
+            return 0;
         }
+        std::memset(out + begin * line_bytes, zero, (first - begin) * line_bytes + margin);
+        for (int64_t y = first + 1; y < last; ++y) std::memset(out + y * line_bytes - margin, zero, 2 * margin);
+        std::memset(out + last * line_bytes - margin, zero, (end - last) * line_bytes + margin);
+        char* pixels = out + first * line_bytes + margin;
+        if (i_.planes) return fill_from_planes(image, first - i_.padding[0], last - first, step, pixels);
+        uint32_t most = 0;
+        for (int64_t y = first; y < last; ++y, pixels += line_bytes) {
+            most = std::max(most, fill_from_pixels(image, y - i_.padding[0], step, line, pixels));
+        }
+        return most;
     }
 
-    void fill_from_planes(int64_t image, int64_t y, float step, char* out) const {
-        const int64_t terms = p_.shape.terms, plane = i_.height * i_.width;
-        for (int64_t group = 0; group < p_.shape.groups; ++group) {
-            const char* x = input((image * channels_ + group * terms) * plane + y * i_.width);
-            char* words = out + group * p_.tap_words * 4;
-            kernels_.quantize_planes(x, l_.dtype, plane, terms, i_.width, step, words, pixel_bytes);
+    uint32_t fill_from_planes(int64_t image, int64_t y, int64_t lines, float step, char* out) const {
+        const int64_t plane = i_.height * i_.width;
+        uint32_t most = 0;
+        for (int64_t group = 0; group < channels_.groups; ++group) {
+            const char* x = input((image * channels_.count() + group * channels_.terms) * plane + y * i_.width);
+            char* words = out + group * channels_.words * 4;
+            const uint32_t found = kernels_.quantize_planes({x, l_.dtype, plane, channels_.terms, i_.width, lines, step,
+                                                             words, pixel_bytes, line_bytes});
+            most = std::max(most, found);
         }
+        return most;
     }
 
-    void fill_from_pixels(int64_t image, int64_t y, float step, char* line, char* out) const {
-        const char* x = input((image * i_.height + y) * i_.width * channels_);
-        const int64_t taken = p_.shape.terms * kernels_.layout.bytes(), given = p_.tap_words * 4;
-        if (taken == given) return kernels_.quantize(x, l_.dtype, i_.width * channels_, step, out);
-        kernels_.quantize(x, l_.dtype, i_.width * channels_, step, line);
-        for (int64_t i = 0; i < i_.width * p_.shape.groups; ++i) {
-            std::memcpy(out + i * given, line + i * taken, taken);
-            std::memset(out + i * given + taken, kernels_.layout.zero, given - taken);
+    uint32_t fill_from_pixels(int64_t image, int64_t y, float step, char* line, char* out) const {
+        const int64_t count = i_.width * channels_.count();
+        const char* x = input((image * i_.height + y) * count);
+        const int64_t taken = channels_.terms * kernels_.layout.bytes(), given = channels_.words * 4;
+        if (taken == given) return kernels_.quantize(x, l_.dtype, count, step, out);
+        const uint32_t most = kernels_.quantize(x, l_.dtype, count, step, line);
+        // Whole words, which end with the next pixel's first numbers: their weights are 0.
+        for (int64_t i = 0; i < i_.width * channels_.groups; ++i) {
+            if (given == 4) {
+                std::memcpy(out + i * 4, line + i * taken, 4);  // of a known size, a single move
+            } else {
+                std::memcpy(out + i * given, line + i * taken, given);
+            }
         }
+        return most;
     }
 };
 
@@ -119,8 +160,10 @@ void int8_conv2d(const Int8Layer& l, const Int8Images& i, const Packing& p) {
     const int64_t height = i.output_size(0, i.height), width = i.output_size(1, i.width);
     const int64_t pixels = height * width, size = p.shape.channels * pixels * element_size(l.dtype);
     if (i.count * size == 0) return;
+    prefer_huge_pages(l.output, i.count * size);
     Quantised q(l, i, p);
-    Int8Grid grid{q.numbers.data(), false, 0, height, width, q.image_bytes, i.stride[0] * q.line_bytes,
+    Int8Grid grid{q.numbers.data(),       p.depthwise ? Int8Grid::depthwise : Int8Grid::words, 0, height, width,
+                  q.image_bytes,          i.stride[0] * q.line_bytes,
                   i.stride[1] * q.pixel_bytes, p.tap_words * 4, parts_of(taps_of(i, q, p), p, 4)};
     const char* residual = static_cast<const char*>(l.residual);
     for (int64_t first = 0; first < i.count; first += q.room) {

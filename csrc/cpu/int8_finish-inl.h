@@ -2,8 +2,7 @@
 //
 // Every product is rounded by itself, so that each instruction set gives the same bits: `times`, and no fused additions.
 #pragma once
-#include "int8.h"
-#include "tiles-inl.h"
+#include "int8_vectors-inl.h"
 
 namespace fastkd {
 namespace {
@@ -73,33 +72,6 @@ FASTKD_INLINE vf activated(vf y) {
     return y;
 }
 
-// n of W, and zeros: only whole vectors are read and written at once.
-template <bool whole>
-FASTKD_INLINE vf take_floats(const float* p, int64_t n) {
-    if (whole) return load(p);
-    vf x{};
-    __builtin_memcpy(&x, p, n * sizeof(float));
-    return x;
-}
-
-template <bool whole>
-FASTKD_INLINE vf take(const void* p, Dtype dtype, int64_t at, int64_t n) {
-    if (dtype == Dtype::float32) return take_floats<whole>(static_cast<const float*>(p) + at, n);
-    vh x{};
-    __builtin_memcpy(&x, static_cast<const uint16_t*>(p) + at, whole ? sizeof x : n * sizeof(uint16_t));
-    return dtype == Dtype::bfloat16 ? widen_bfloat16(x) : widen_float16(x);
-}
-
-template <bool whole>
-FASTKD_INLINE void put(void* p, Dtype dtype, int64_t at, int64_t n, vf y) {
-    if (dtype == Dtype::float32) {
-        __builtin_memcpy(static_cast<float*>(p) + at, &y, whole ? sizeof y : n * sizeof(float));
-    } else {
-        const vh x = dtype == Dtype::bfloat16 ? narrow_bfloat16(y) : narrow_float16(y);
-        __builtin_memcpy(static_cast<uint16_t*>(p) + at, &x, whole ? sizeof x : n * sizeof(uint16_t));
-    }
-}
-
 // Whole vectors, even at the end of a line: it is padded.
 FASTKD_INLINE vf take_sums(const void* sums, bool floats, int64_t at) {
     vi x;
@@ -151,42 +123,13 @@ void int8_finish(const Int8Lines& l) {
     }
 }
 
-#if defined(__clang__)
-FASTKD_INLINE vi shuffled(vi a, vi b, vi from) {
-    vi result;
-    for (int lane = 0; lane < W; ++lane) result[lane] = from[lane] < W ? a[from[lane]] : b[from[lane] - W];
-    return result;
-}
-#else
-FASTKD_INLINE vi shuffled(vi a, vi b, vi from) { return __builtin_shuffle(a, b, from); }
-#endif
-
-// A square of W x W: each step swaps, at one distance, the blocks beside the diagonal.
-template <int distance>
-FASTKD_INLINE void swap_blocks(vi (&square)[W]) {
-    vi first{}, second{};
-    for (int lane = 0; lane < W; ++lane) {
-        first[lane] = lane & distance ? W + lane - distance : lane;
-        second[lane] = lane & distance ? W + lane : lane + distance;
-    }
-    for (int i = 0; i < W; ++i) {
-        if (i & distance) continue;
-        const vi a = square[i], b = square[i + distance];
-        square[i] = shuffled(a, b, first);
-        square[i + distance] = shuffled(a, b, second);
-    }
-}
-
 void int8_transpose(const int32_t* sums, int64_t rows, int64_t columns, int32_t* out, int64_t pitch) {
     for (int64_t r = 0; r < rows; r += W) {
         const int64_t n = rows - r < W ? rows - r : W;
         for (int64_t c = 0; c < columns; c += W) {
             vi square[W]{};
             for (int i = 0; i < n; ++i) __builtin_memcpy(&square[i], sums + (r + i) * columns + c, sizeof(vi));
-            swap_blocks<1>(square);
-            swap_blocks<2>(square);
-            if constexpr (W > 4) swap_blocks<4>(square);
-            if constexpr (W > 8) swap_blocks<8>(square);
+            transpose(square);
             for (int i = 0; i < W; ++i) __builtin_memcpy(out + (c + i) * pitch + r, &square[i], sizeof(vi));
         }
     }

@@ -66,18 +66,17 @@ void int8_float_products(const Int8Rows& a, int rows, int panels, const char* bl
 }
 
 void int8_widen(const void* x, Dtype dtype, int64_t n, float* out) {
-    Tile scratch;
-    for (int64_t begin = 0; begin < n; begin += kTile) {
-        const int64_t m = n - begin < kTile ? n - begin : kTile;
-        __builtin_memcpy(out + begin, floats_at(x, dtype, begin, m, scratch), m * sizeof(float));
-    }
+    int64_t i = 0;
+    for (; i + W <= n; i += W) store(out + i, take<true>(x, dtype, i, W));
+    if (i < n) put<false>(out, Dtype::float32, i, n - i, take<false>(x, dtype, i, n - i));
 }
 
 template <bool whole>
 FASTKD_INLINE void dequantize_vector(const int8_t* numbers, int64_t i, int64_t n, vf scale, void* out, Dtype dtype) {
-    int8_t x __attribute__((vector_size(W))){};
+    typedef int8_t vb __attribute__((vector_size(W)));
+    vb x{};
     __builtin_memcpy(&x, numbers + i, whole ? sizeof x : n);
-    put<whole>(out, dtype, i, n, __builtin_convertvector(x, vf) * scale);
+    put<whole>(out, dtype, i, n, __builtin_convertvector(widened(x), vf) * scale);
 }
 
 void int8_dequantize(const int8_t* numbers, int64_t n, float scale, void* out, Dtype dtype) {

@@ -1,5 +1,6 @@
 // The table of the int8 pieces. Included by one unit for each instruction set.
 #pragma once
+#include "int8_depthwise-inl.h"
 #include "int8_float-inl.h"
 
 namespace fastkd {
@@ -13,6 +14,7 @@ constexpr Int8Kernels int8_kernels = {
     int8_products,
     int8_transpose,
     int8_finish,
+    int8_depthwise_products,
     int8_float_products,
     int8_widen,
     int8_dequantize,

@@ -5,6 +5,7 @@
 #include "int8_multiply.h"
 #include "int8_steps.h"
 #include "isa.h"
+#include "logit_task.h"
 #include "threads.h"
 
 namespace fastkd {
@@ -25,6 +26,7 @@ void quantize_row(const Int8Kernels& kernels, const Int8Layer& l, int64_t row, i
 
 void int8_linear(const Int8Layer& l, const Int8Matrix& m, const Packing& p) {
     if (p.shape.channels == 0) return;
+    prefer_huge_pages(l.output, m.rows * p.shape.channels * element_size(l.dtype));
     const Int8Kernels& kernels = active_instruction_set().int8;
     const int64_t stride = odd_lines(p.words * 4), rows = std::min(m.rows, std::max<int64_t>(1, kScratch / stride));
     const Scratch numbers(rows * stride);
@@ -37,7 +39,7 @@ void int8_linear(const Int8Layer& l, const Int8Matrix& m, const Packing& p) {
                 quantize_row(kernels, l, first + i, m.stride, p.shape.terms, steps[i], numbers.data() + i * stride);
             }
         });
-        const Int8Grid grid{numbers.data(), false, 1, 1, count, 0, 0, stride, 0, runs};
+        const Int8Grid grid{numbers.data(), Int8Grid::words, 1, 1, count, 0, 0, stride, 0, runs};
         int8_multiply(grid, p, l.packed, epilogue_of_rows(l, m, p, first, steps.data(), true), l.threads);
     }
 }

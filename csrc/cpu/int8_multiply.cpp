@@ -29,6 +29,7 @@ class Strip {
         const int panels = static_cast<int>(p_.first_panel(block + 1) - p_.first_panel(block));
         const int64_t pitch = panels * p_.layout.lanes, first = p_.first_panel(block) * p_.layout.lanes;
         const char* numbers = g_.numbers + image * g_.image_stride + group * g_.group_stride;
+        if (g_.kind == Int8Grid::depthwise) numbers += first * kernels_.layout.bytes();
         for (int64_t part = 0; part < p_.parts; ++part) {
             const char* weights = packed_ + p_.offset(group, part, block);
             multiply(numbers, begin, end, g_.runs[part], panels, weights, pitch);
@@ -47,27 +48,31 @@ class Strip {
             for (int64_t tiles = (left + p_.layout.rows - 1) / p_.layout.rows; tiles > 0; --tiles) {
                 const int rows = static_cast<int>((left + tiles - 1) / tiles);
                 const Int8Rows a{at, g_.pixel_stride, runs.data(), static_cast<int64_t>(runs.size())};
-                if (g_.floats) {
-                    kernels_.float_products(a, rows, panels, weights, stage_.floats + (pixel - begin) * pitch);
-                } else {
-                    kernels_.products(a, rows, panels, weights, stage_.sums + (pixel - begin) * pitch);
-                }
+                products(a, rows, panels, weights, (pixel - begin) * pitch);
                 at += rows * g_.pixel_stride, pixel += rows, left -= rows;
             }
+        }
+    }
+
+    void products(const Int8Rows& a, int rows, int panels, const char* weights, int64_t at) {
+        switch (g_.kind) {
+            case Int8Grid::words: return kernels_.products(a, rows, panels, weights, stage_.sums + at);
+            case Int8Grid::floats: return kernels_.float_products(a, rows, panels, weights, stage_.floats + at);
+            case Int8Grid::depthwise: return kernels_.depthwise_products(a, rows, panels, weights, stage_.sums + at);
         }
     }
 
     // Sums of several parts need more than 32 bits; a double holds integers of 53. The last part leaves floats.
     void add_part(int64_t part, int64_t count) {
         if (part == 0) wide_.assign(count, 0);
-        for (int64_t i = 0; i < count; ++i) wide_[i] += g_.floats ? stage_.floats[i] : stage_.sums[i];
+        for (int64_t i = 0; i < count; ++i) wide_[i] += g_.kind == Int8Grid::floats ? stage_.floats[i] : stage_.sums[i];
         if (part + 1 == p_.parts) std::copy(wide_.begin(), wide_.end(), stage_.floats);
     }
 
     void finish(int64_t image, int64_t begin, int64_t end, int64_t channel, int64_t columns, int64_t pitch) {
         const int64_t pixels = g_.height * g_.width;
         Int8Lines l;
-        l.sums = stage_.sums, l.floats = g_.floats || p_.parts > 1, l.pitch = pitch;
+        l.sums = stage_.sums, l.floats = g_.kind == Int8Grid::floats || p_.parts > 1, l.pitch = pitch;
         l.lines = end - begin, l.columns = columns, l.channels_are_lines = e_.planes;
         l.scale = e_.scale + channel, l.bias = e_.bias ? e_.bias + channel : nullptr;
         l.steps = e_.step_by_pixel ? e_.steps + begin : e_.steps + image, l.steps_stride = e_.step_by_pixel;

@@ -9,7 +9,7 @@ namespace fastkd {
 // The rows of a linear layer are one image of one line.
 struct Int8Grid {
     const char* numbers;
-    bool floats;  // the numbers are
+    enum Kind { words, floats, depthwise } kind;
     int64_t images, height, width;                     // of the output
     int64_t image_stride, line_stride, pixel_stride;   // bytes from one output pixel's row to the next's
     int64_t group_stride;                              // bytes from one group's numbers to the next's

@@ -17,11 +17,15 @@ struct Int8Shape {
     int64_t channels, terms, taps, groups;
 };
 
+// A convolution of each channel by itself is packed as one group, whose rows are the taps, one to a word.
+inline bool is_depthwise(const Int8Shape& s) { return s.groups > 1 && s.terms == 1 && s.channels == s.groups; }
+
 class Packing {
   public:
-    Packing(const Int8Shape& shape, const Int8Layout& layout)
-        : shape(shape),
-          layout(layout),
+    Packing(const Int8Shape& given, const Int8Layout& of)
+        : depthwise(is_depthwise(given)),
+          shape{given.channels, given.terms, given.taps, depthwise ? 1 : given.groups},
+          layout{of.lanes, of.panels, of.rows, depthwise ? 4 : of.group, of.zero},
           columns(shape.groups ? shape.channels / shape.groups : 0),
           panels((columns + layout.lanes - 1) / layout.lanes),
           blocks((panels + layout.panels - 1) / layout.panels),
@@ -41,6 +45,7 @@ class Packing {
         return group * bytes_of_group() + before + first_panel(block) * bytes_of_panel(words_of(part));
     }
 
+    const bool depthwise;
     const Int8Shape shape;
     const Int8Layout layout;
     const int64_t columns;  // of a group

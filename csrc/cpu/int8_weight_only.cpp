@@ -4,12 +4,14 @@
 #include "int8_multiply.h"
 #include "int8_steps.h"
 #include "isa.h"
+#include "logit_task.h"
 #include "threads.h"
 
 namespace fastkd {
 
 void int8_weight_only(const Int8Layer& l, const Int8Matrix& m, const Packing& p) {
     if (p.shape.channels == 0) return;
+    prefer_huge_pages(l.output, m.rows * p.shape.channels * element_size(l.dtype));
     const Int8Kernels& kernels = active_instruction_set().int8;
     const int64_t terms = p.shape.terms, padded = p.words * p.layout.group, word_bytes = p.layout.group * sizeof(float);
     const int64_t stride = odd_lines(padded * sizeof(float)), size = element_size(l.dtype);
@@ -26,7 +28,7 @@ void int8_weight_only(const Int8Layer& l, const Int8Matrix& m, const Packing& p)
                 std::fill(out + terms, out + padded, 0.0f);  // a NaN times a weight of 0 would be one
             }
         });
-        const Int8Grid grid{floats.data(), true, 1, 1, count, 0, 0, stride, 0, runs};
+        const Int8Grid grid{floats.data(), Int8Grid::floats, 1, 1, count, 0, 0, stride, 0, runs};
         int8_multiply(grid, p, l.packed, epilogue_of_rows(l, m, p, first, &one, false), l.threads);
     }
 }

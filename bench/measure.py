@@ -27,6 +27,7 @@ class Contender:
     run: Callable[[], tuple[Tensor, ...]]  # what is timed; its results are dropped after the clock has stopped
     prepare: Callable[[], None] = lambda: None  # before each run, not timed
     impl: str = ""  # which implementation of fastkd ran
+    error: float | None = None  # of what it computes, where contenders do not compute the same
 
 
 @dataclass(frozen=True)

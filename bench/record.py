@@ -92,6 +92,8 @@ def rows_of(
             "peak_mib": _scaled(peak.beside_inputs if peak else None, 2**-20),
             "extra_mib": _scaled(peak.beside_results if peak else None, 2**-20),
         }
+        if contender.error is not None:
+            figures_of["error"] = _scaled(contender.error)
         return {**shared, **case.labels, **figures_of}
 
     return [row(contender) for contender in case.contenders]

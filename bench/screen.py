@@ -24,6 +24,7 @@ COLUMNS = {
     "times_compiled": "x compiled",
     "cpu_times_eager": "CPU x eager",
     "extra_mib": "extra MiB",
+    "error": "error",
 }
 
 
@@ -43,7 +44,7 @@ def _table(case: Case, rows: Sequence[Row]) -> Table:
     title = ", ".join(f"{name} {value}" for name, value in case.labels.items())
     table = Table(title=title, caption=_roofs(rows[0]), title_justify="left", caption_justify="left")
     table.add_column("provider")
-    columns = {key: heading for key, heading in COLUMNS.items() if any(row[key] for row in rows)}
+    columns = {key: heading for key, heading in COLUMNS.items() if any(row.get(key) for row in rows)}
     for heading in columns.values():
         table.add_column(heading, justify="right")
     for row in rows:

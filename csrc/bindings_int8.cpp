@@ -1,10 +1,12 @@
 // int8 layers for Python: fastkd/native/int8_*.py are the callers.
 #include "bindings_int8.h"
 
+#include <atomic>
 #include <cmath>
 
 #include "cpu/int8_layers.h"
 #include "cpu/isa.h"
+#include "cpu/threads.h"
 #include "numbers.h"
 
 namespace py = pybind11;
@@ -99,6 +101,17 @@ int64_t embedding(Address weight, Address scale, int64_t rows, int64_t columns, 
     return wrong;
 }
 
+// For the benches: products in registers alone, as many on each thread.
+int64_t peak(int64_t rounds, int threads) {
+    constexpr int64_t kEnough = 1 << 20;  // for a thread of its own
+    const py::gil_scoped_release release;
+    std::atomic<int64_t> products{0};
+    for_each_chunk(threads, kEnough, threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) products += active_instruction_set().int8.peak(rounds);
+    });
+    return products;
+}
+
 }  // namespace
 
 void bind_int8(py::module_& m) {
@@ -108,6 +121,7 @@ void bind_int8(py::module_& m) {
     m.def("int8_conv2d", &conv2d);
     m.def("int8_weight_only", &weight_only);
     m.def("int8_embedding", &embedding);
+    m.def("int8_peak", &peak);
 }
 
 }  // namespace fastkd

@@ -164,3 +164,6 @@ def int8_weight_only(shape: tuple[int, int, int, int], numbers: tuple[int, ...],
 def int8_embedding(
     weight: int, scale: int, rows: int, columns: int, ids: int, count: int, output: int, dtype: int, threads: int, /
 ) -> int: ...
+
+# How many products the threads made of what registers hold, `rounds` times each: the roof that the benches measure.
+def int8_peak(rounds: int, threads: int, /) -> int: ...

@@ -204,7 +204,7 @@ def _residual(op: str, residual: Any, input: Tensor, shape: tuple[int, ...]) -> 
 
 def _rows(tensor: Tensor) -> Tensor:
     """As a matrix with last stride 1, copied only where the layout forces it."""
-    rows = tensor if tensor.ndim == 2 else tensor.reshape(tensor[..., 0].numel(), tensor.shape[-1])
+    rows = tensor if tensor.ndim == 2 else tensor.flatten(0, -2) if tensor.ndim > 2 else tensor.unsqueeze(0)
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
 

@@ -43,10 +43,18 @@ def test_any_shape_has_the_bits_of_the_formula(impl: str, seed: int) -> None:
 
 @pytest.mark.parametrize("terms", [1000, 65536, 131072, 131073, 140000, 262150])
 def test_sums_are_exact_however_long(impl: str, terms: int) -> None:
-    """Extreme numbers, of one sign and of several: 32 bits hold 2^17 products, and little more."""
-    x = torch.stack([torch.full((terms,), 127.0), torch.tensor([127.0, -127.0, 126.0, -127.0]).repeat(terms)[:terms]])
-    w = torch.cat([torch.full((1, terms), -128), torch.full((1, terms), 127), weights(1, terms)]).to(torch.int8)
-    got = int8.linear(x, w, torch.ones(3), input_scale=torch.tensor(1.0), impl=impl)
+    """Extreme numbers, of one sign and of several: 32 bits hold 2^17 products, and little more.
+
+    Large random ones beside them, whose sums have digits that a float would lose on the way.
+    """
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.tensor([127.0, -127.0, 126.0, -127.0]).repeat(terms)[:terms]
+    large = torch.randint(100, 128, (2, terms), generator=generator)
+    x = torch.stack([torch.full((terms,), 127.0), signs, large[0]])
+    w = torch.cat([torch.full((1, terms), -128), torch.full((1, terms), 127), weights(1, terms), large[1:], -large[1:]])
+    w = w.to(torch.int8)
+    w[4, 0] = 127  # not just the other sign
+    got = int8.linear(x, w, torch.ones(5), input_scale=torch.tensor(1.0), impl=impl)
     want = x.double() @ w.double().T
     assert want.abs().max() == 127 * 128 * terms
     assert_same_bits(got, want.float())
@@ -143,6 +151,18 @@ def test_any_size_of_input(impl: str, size: float) -> None:
     assert_same_bits(int8.linear(x, w, scale, impl=impl), linear(x, w, scale, None))
 
 
+def test_sums_whose_parts_cancel(impl: str) -> None:
+    """What is left of two parts of 2^31 each is a small number, exact to its last digit."""
+    terms = 2**18
+    x = torch.full((1, terms), 127.0)
+    x[0, 7] = 126.0
+    w = torch.full((2, terms), 127, dtype=torch.int8)
+    w[:, terms // 2 :] = -127
+    w[1, 3] = 126
+    got = int8.linear(x, w, torch.ones(2), input_scale=torch.tensor(1.0), impl=impl)
+    assert got.flatten().tolist() == [-127.0, -254.0]
+
+
 @pytest.mark.parametrize("shape", [(40,), (0, 40), (3, 0, 40), (2, 3, 40), (1, 1, 1, 40)])
 def test_leading_dimensions(impl: str, shape: tuple[int, ...]) -> None:
     x, w, scale, bias = flat(*shape), weights(20, 40), scales(20), flat(20)
@@ -157,6 +177,9 @@ def test_no_terms_and_no_columns(impl: str) -> None:
     got = int8.linear(torch.zeros(3, 0), weights(5, 0), scales(5), bias, impl=impl)
     assert torch.equal(got, bias.expand(3, 5))
     assert int8.linear(flat(3, 7), weights(0, 7), scales(0), impl=impl).shape == (3, 0)
+    deep = int8.linear(torch.zeros(2, 3, 0), weights(5, 0), scales(5), bias, impl=impl)
+    assert torch.equal(deep, bias.expand(2, 3, 5))
+    assert torch.equal(int8.linear(torch.zeros(0), weights(5, 0), scales(5), bias, impl=impl), bias)
 
 
 def test_scale_and_bias_of_other_dtypes_and_strides(impl: str) -> None:

@@ -87,6 +87,8 @@ struct Int8Kernels {
     void (*float_products)(const Int8Rows&, int rows, int panels, const char* block, float* sums);
     void (*widen)(const void* x, Dtype, int64_t n, float* out);
     void (*dequantize)(const int8_t* numbers, int64_t n, float scale, void* out, Dtype);
+    // Products in registers alone, `rounds` times as many as these hold; returns how many.
+    int64_t (*peak)(int64_t rounds);
 };
 
 }  // namespace fastkd

@@ -7,7 +7,7 @@ namespace fastkd {
 namespace {
 
 // Number j of each of a panel's words, as floats.
-FASTKD_INLINE vf weight_of(Weights w, int j) {
+FASTKD_INLINE vf weight_of(vi w, int j) {
     constexpr int kBits = 32 / kGroup;
     return __builtin_convertvector(w << (32 - kBits * (j + 1)) >> (32 - kBits), vf);
 }
@@ -21,7 +21,7 @@ __attribute__((noinline)) void float_tile(const Int8Rows& a, const char* block, 
     for (const Run* run = a.runs; run < a.runs + a.count; ++run) {
         const char* at = a.data + run->offset;
         for (int64_t word = 0; word < run->words; ++word) {
-            Weights w[panels];
+            vi w[panels];
 #pragma GCC unroll 4
             for (int p = 0; p < panels; ++p) w[p] = load_weights(weights + p * kWordBytes);
 #pragma GCC unroll 4

@@ -18,6 +18,7 @@ constexpr Int8Kernels int8_kernels = {
     int8_float_products,
     int8_widen,
     int8_dequantize,
+    int8_peak,
 };
 
 }  // namespace

@@ -14,7 +14,11 @@ namespace {
 void quantize_row(const Int8Kernels& kernels, const Int8Layer& l, int64_t row, int64_t stride, int64_t terms, float& step,
                   char* numbers) {
     const void* x = static_cast<const char*>(l.input) + row * stride * element_size(l.dtype);
-    step = step_of(kernels.largest(x, l.dtype, terms), l.given);
+    if (l.given) {
+        step = step_of(kernels.quantize(x, l.dtype, terms, *l.given, numbers), l.given);
+        return;
+    }
+    step = step_of(kernels.largest(x, l.dtype, terms), nullptr);
     if (is_blank(step)) {
         std::memset(numbers, kernels.layout.zero, terms * kernels.layout.bytes());
     } else {

@@ -65,7 +65,11 @@ class Strip {
     // Sums of several parts need more than 32 bits; a double holds integers of 53. The last part leaves floats.
     void add_part(int64_t part, int64_t count) {
         if (part == 0) wide_.assign(count, 0);
-        for (int64_t i = 0; i < count; ++i) wide_[i] += g_.kind == Int8Grid::floats ? stage_.floats[i] : stage_.sums[i];
+        if (g_.kind == Int8Grid::floats) {
+            for (int64_t i = 0; i < count; ++i) wide_[i] += stage_.floats[i];
+        } else {
+            for (int64_t i = 0; i < count; ++i) wide_[i] += stage_.sums[i];
+        }
         if (part + 1 == p_.parts) std::copy(wide_.begin(), wide_.end(), stage_.floats);
     }
 

@@ -10,33 +10,32 @@ constexpr int kPanels = W == 16 ? 3 : 2, kProductRows = W == 16 ? 8 : 4;
 static_assert(kPanels * W <= kMostColumns, "a block fits the memory of its sums");
 constexpr int64_t kWordBytes = W * kGroup;  // of a panel
 
+// A word of each column, as the products take them; what these add to the sums.
 #if defined(__AVX512VNNI__)
-typedef vi Weights;
-FASTKD_INLINE Weights load_weights(const char* p) {
+FASTKD_INLINE vi load_weights(const char* p) {
     vi w;
     __builtin_memcpy(&w, p, sizeof w);
     return w;
 }
-FASTKD_INLINE vi add_products(vi sums, vi numbers, Weights w) {
+FASTKD_INLINE vi add_products(vi sums, vi numbers, vi w) {
     return (vi)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)numbers, (__m512i)w);
 }
 #else
 // Of 16 bits each. The instruction that multiplies bytes would saturate at 2^15, with no error.
-typedef vi Weights;
-FASTKD_INLINE Weights load_weights(const char* p) {
+FASTKD_INLINE vi load_weights(const char* p) {
 #if defined(__AVX512F__)
     return (vi)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(__AVX2__)
     return (vi)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-    typedef int8_t vb __attribute__((vector_size(2 * W)));
-    typedef int16_t vs __attribute__((vector_size(4 * W)));
-    vb w;
+    typedef int8_t Bytes __attribute__((vector_size(2 * W)));
+    typedef int16_t Pairs __attribute__((vector_size(4 * W)));
+    Bytes w;
     __builtin_memcpy(&w, p, sizeof w);
-    return (vi)__builtin_convertvector(w, vs);
+    return (vi)__builtin_convertvector(w, Pairs);
 #endif
 }
-FASTKD_INLINE vi add_products(vi sums, vi numbers, Weights w) {
+FASTKD_INLINE vi add_products(vi sums, vi numbers, vi w) {
 #if defined(__AVX512F__)
     return sums + (vi)_mm512_madd_epi16((__m512i)numbers, (__m512i)w);
 #elif defined(__AVX2__)
@@ -69,7 +68,7 @@ __attribute__((noinline)) void product_tile(const Int8Rows& a, const char* block
 #pragma GCC unroll 3
         for (int t = 0; t < (rows + 2) / 3; ++t) at[t] = a.data + run->offset + 3 * t * stride;
         for (int64_t word = 0; word < run->words; ++word) {
-            Weights w[panels];
+            vi w[panels];
 #pragma GCC unroll 4
             for (int p = 0; p < panels; ++p) w[p] = load_weights(weights + p * kWordBytes);
 #pragma GCC unroll 24
@@ -104,6 +103,26 @@ void int8_products(const Int8Rows& a, int rows, int panels, const char* block, i
         case 8: return products_of_rows<8>(a, panels, block, sums);
 #endif
     }
+}
+
+// As many products as registers alone allow: what the benches compare with. Nothing is known of the numbers, so that no
+// product can be taken out of the loop.
+int64_t int8_peak(int64_t rounds) {
+    constexpr int kSums = W == 16 ? 24 : 8;
+    vi sums[kSums]{}, numbers = (vi)rounded(splat(1.0f)), w = (vi)rounded(splat(2.0f));
+    for (int64_t round = 0; round < rounds; ++round) {
+#pragma GCC unroll 24
+        for (int i = 0; i < kSums; ++i) {
+            numbers = (vi)rounded((vf)numbers);
+            sums[i] = add_products(sums[i], numbers, w);
+        }
+    }
+    vi total = sums[0];
+#pragma GCC unroll 24
+    for (int i = 1; i < kSums; ++i) total += sums[i];
+    volatile int32_t kept = total[0];  // or all of it would be for nothing, and left out
+    (void)kept;
+    return rounds * kSums * W * kGroup;
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
 """Packed weights of int8 layers: made when a layer first runs, kept as long as its weight is, and never saved.
 
 They are found by the weight itself, so that modules need not know of them: a copy of a module packs its own weight. One
-that was written to since, or that got other memory, is packed again.
+that was written to since, or that got other memory, is packed again. (As with what autograd saves, a write through
+``.data`` leaves no trace and is not seen.)
 """
 
 from __future__ import annotations

@@ -1,0 +1,70 @@
+"""The bench of int8 layers: who takes part, what their errors are, and that a wrong number is not timed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bench import int8, int8_rivals, record, run
+from bench.measure import Contender
+
+TINY = ["int8", "--device", "cpu", "--threads", "1", "--repeat", "2", "--commit", "abc1234", "--shape", "3,64,32"]
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_a_run_writes_a_row_for_everyone(tmp_path: Path) -> None:
+    names = ["eager", "bfloat16", "fastkd"]
+    assert run.main([*TINY, "--providers", *names, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("int8-*.csv")
+    rows = {row["provider"]: row for row in record.read(path)}
+    assert list(rows) == names
+    assert all(float(row["wall_ms"]) > 0 and row["columns"] == "32" for row in rows.values())
+    errors = [float(rows[name]["error"]) for name in names]
+    assert errors[0] < 1e-6 < 1e-3 < errors[1] < errors[2] < 0.02
+    assert {float(row["least_gflop"]) for row in rows.values()} == {2 * 3 * 64 * 32 / 1e9}
+
+
+def test_who_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(int8_rivals.importlib.util, "find_spec", lambda name: None)
+    truth = int8.Truth(nn.Linear(8, 4).requires_grad_(False), torch.randn(2, 8))
+    rivals = ("torchao", "torchao-compiled", "quanto", "bitsandbytes")
+    contenders, absent = int8.able(rivals, lambda name: int8.contender(name, truth, None), truth.check)
+    assert contenders == []
+    packages = ("torchao", "torchao", "optimum", "bitsandbytes")
+    assert list(absent.values()) == [f"{package} is not installed" for package in packages]
+
+
+@pytest.mark.parametrize("who", ["eager", "fastkd"])
+def test_a_wrong_number_is_not_timed(
+    who: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = int8.contender
+
+    def off(name: str, truth: int8.Truth, impl: str | None) -> Contender:
+        contender = right(name, truth, impl)
+        if name != who:
+            return contender
+        (output,) = contender.run()
+        return Contender(name, contender.run, error=truth.error(output * (1.1 if who == "eager" else 1.002)))
+
+    monkeypatch.setattr(int8, "contender", off)
+    assert run.main([*TINY, "--providers", "eager", "fastkd", "--out", str(tmp_path)]) == 1
+    assert f"{who}: the error is" in " ".join(capsys.readouterr().out.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_roof_counts_every_product() -> None:
+    roof = int8.Registers(10**7)
+    made = 2 * roof.peak(roof.rounds, 1)
+    assert abs(made - roof.work) <= 0.01 * roof.work

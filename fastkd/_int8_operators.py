@@ -54,6 +54,7 @@ def linear(
         RuntimeError: the pinned implementation cannot run here; in backward: there is no gradient.
 
     Example:
+        >>> from fastkd._int8 import quantize_channels
         >>> weight, scale = quantize_channels(torch.tensor([[1.0, -2.0], [0.5, 0.0]]))
         >>> linear(torch.tensor([[2.0, 1.0]]), weight, scale)
         tensor([[0.0000, 1.0000]])
@@ -137,6 +138,11 @@ def conv2d(
     Raises:
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or the scale not positive.
         RuntimeError: the pinned implementation cannot run here; in backward: there is no gradient.
+
+    Example:
+        >>> image, weight = torch.ones(1, 1, 2, 2), torch.full((1, 1, 3, 3), 127, dtype=torch.int8)
+        >>> conv2d(image, weight, torch.tensor([1 / 127]), padding=1).shape
+        torch.Size([1, 1, 2, 2])
     """
     check.weight(CONV2D, weight, 4)
     window = check.window(CONV2D, weight, stride, padding, dilation, groups)
@@ -176,6 +182,7 @@ def embedding(
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device; on the CPU, an id out of range.
 
     Example:
+        >>> from fastkd._int8 import quantize_channels
         >>> weight, scale = quantize_channels(torch.tensor([[1.0, -2.0], [0.5, 0.0]]))
         >>> embedding(torch.tensor([1, 0]), weight, scale)
         tensor([[ 0.5000,  0.0000],

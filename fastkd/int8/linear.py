@@ -1,0 +1,62 @@
+"""``torch.nn.Linear`` with int8 weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .._int8_operators import linear, weight_only_linear
+from .configs import Config, Dynamic, WeightOnly
+from .layer import Int8Layer, float32, rounded, with_parameters
+
+
+class Int8Linear(Int8Layer):
+    """A linear layer whose weights, and unless the config is :class:`WeightOnly` inputs too, are int8. Same as::
+
+        F.linear(rounded(x), weight * scale[:, None], bias)
+
+    with ``rounded(x)`` to 127 steps on each side of zero. Inference only: a backward through it raises.
+
+    Takes any float dtype, and returns it (under autocast, autocast's). State: see ``state_dict()``; every entry is a
+    plain buffer.
+
+    Args:
+        weight: ``(N, K)`` int8.
+        scale: ``(N,)`` float32, what one step of each row stands for.
+        bias: ``(N,)`` float32.
+        config: What happens to the input.
+        dtype: Of the weight, once it is float again.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, -2.0]]))
+        >>> Int8Linear.from_float(layer).weight
+        tensor([[  64, -127]], dtype=torch.int8)
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None = None,
+        *,
+        config: Config | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(weight, scale, bias, Dynamic() if config is None else config, dtype)
+        self.out_features, self.in_features = weight.shape
+
+    @classmethod
+    def from_float(cls, layer: nn.Linear, config: Config | None = None) -> Int8Linear:
+        """One scale for each output channel; the bias is copied."""
+        weight, scale = rounded(layer.weight)
+        return cls(weight, scale, float32(layer.bias), config=config, dtype=layer.weight.dtype)
+
+    def to_float(self) -> nn.Linear:
+        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        return with_parameters(layer, self.float_weight(), self.bias, self.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if isinstance(self.config, WeightOnly):
+            return self._out(weight_only_linear(input, self.weight, self.scale, self.bias))
+        return self._out(linear(input, self.weight, self.scale, self.bias, input_scale=self.input_scale))

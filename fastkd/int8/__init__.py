@@ -6,6 +6,7 @@ from .conv import Int8Conv2d
 from .embedding import Int8Embedding
 from .linear import Int8Linear
 from .quantizing import Quantized, dequantize, quantize_
+from .smoothing import smooth
 from .straight_through import fake_quantize
 from .training import prepare_qat_
 
@@ -22,4 +23,5 @@ __all__ = [
     "fake_quantize",
     "prepare_qat_",
     "quantize_",
+    "smooth",
 ]

@@ -6,6 +6,7 @@ from .conv import Int8Conv2d
 from .embedding import Int8Embedding
 from .linear import Int8Linear
 from .quantizing import Quantized, dequantize, quantize_
+from .reporting import LayerReport, Report, report
 from .smoothing import smooth
 from .straight_through import fake_quantize
 from .training import prepare_qat_
@@ -15,7 +16,9 @@ __all__ = [
     "Int8Conv2d",
     "Int8Embedding",
     "Int8Linear",
+    "LayerReport",
     "Quantized",
+    "Report",
     "Static",
     "WeightOnly",
     "calibrate",
@@ -23,5 +26,6 @@ __all__ = [
     "fake_quantize",
     "prepare_qat_",
     "quantize_",
+    "report",
     "smooth",
 ]

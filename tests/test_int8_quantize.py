@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from int8_models import ConvNet, Transformer, ids, images, sqnr
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import fastkd
@@ -267,3 +267,14 @@ def test_an_int8_teacher() -> None:
     loss.backward()
     torch.testing.assert_close(loss.detach(), want, rtol=0.05, atol=1e-3)
     assert all(parameter.grad is not None for parameter in student.parameters())
+
+    class Hidden(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    hidden, head = copy.deepcopy(teacher), teacher.head
+    hidden.head = Hidden()
+    with torch.no_grad():
+        states = hidden(x)
+    of_head = fastkd.kd_loss(student(x), fastkd.Head(states, head.float_weight(), head.bias))
+    torch.testing.assert_close(of_head.detach(), loss.detach(), rtol=0.02, atol=1e-3)

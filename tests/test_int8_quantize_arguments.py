@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastkd.int8 import Dynamic, Int8Conv2d, Static, WeightOnly, dequantize, quantize_
+from fastkd.int8 import Dynamic, Int8Conv2d, Int8Embedding, Int8Linear, Static, WeightOnly, dequantize, quantize_
 
 REFUSED: dict[str, tuple[type[Exception], str, Any, dict[str, Any]]] = {
     "model": (TypeError, "quantize_: model must be a torch.nn.Module, got int", 3, {}),
@@ -84,6 +84,21 @@ def test_weights_that_are_not_finite() -> None:
     with pytest.raises(ValueError, match=r"quantize_: model must have finite numbers in 1\.bias, got NaN or infinity"):
         quantize_(model)
     assert type(model[0]) is nn.Linear
+
+
+def test_layers_refuse() -> None:
+    weight = torch.zeros(3, 4, dtype=torch.int8)
+    with pytest.raises(TypeError, match=r"Int8Linear: weight must be int8, got torch\.float32"):
+        Int8Linear(torch.zeros(3, 4), torch.ones(3))
+    with pytest.raises(ValueError, match="Int8Conv2d: weight must have 4 dimensions, got shape"):
+        Int8Conv2d(weight, torch.ones(3))
+    with pytest.raises(ValueError, match="Int8Embedding: scale must have one number for each of 3 channels, got shape"):
+        Int8Embedding(weight, torch.ones(4))
+    with pytest.raises(TypeError, match="Int8Linear: bias must be a tensor, got list"):
+        Int8Linear(weight, torch.ones(3), [0.0] * 3)  # type: ignore[arg-type]
+    layer = Int8Linear(weight, torch.ones(3).double(), torch.ones(3).half())
+    assert layer.scale.dtype is torch.float32
+    assert torch.equal(layer(torch.ones(2, 4)), torch.ones(2, 3))
 
 
 def test_configs_refuse() -> None:

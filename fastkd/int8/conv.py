@@ -35,10 +35,15 @@ class Int8Conv2d(Int8Layer):
         config: What happens to the input.
         dtype: Of the weight, once it is float again.
 
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device.
+
     Example:
         >>> Int8Conv2d.from_float(torch.nn.Conv2d(3, 8, 3, padding="same"))(torch.zeros(2, 3, 5, 5)).shape
         torch.Size([2, 8, 5, 5])
     """
+
+    ndim = 4
 
     def __init__(
         self,

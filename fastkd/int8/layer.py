@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
+from .. import _int8_arguments
 from .._int8 import quantize_channels
 from .configs import Config, Static
 
@@ -25,6 +26,7 @@ class Int8Layer(nn.Module):
     Casting a model casts none of them; ``dtype`` follows, which is what a dequantised weight has.
     """
 
+    ndim: ClassVar[int] = 2  # of the weight
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
@@ -32,10 +34,13 @@ class Int8Layer(nn.Module):
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, config: Config, dtype: torch.dtype) -> None:
         super().__init__()
+        op = type(self).__name__
+        _int8_arguments.weight(op, weight, self.ndim)
         self.config, self.dtype = config, dtype
         self.register_buffer("weight", weight)
-        self.register_buffer("scale", scale)
-        self.register_buffer("bias", bias)
+        self.register_buffer("scale", _int8_arguments.by_channel(op, "scale", scale, weight, torch.float32))
+        given = None if bias is None else _int8_arguments.by_channel(op, "bias", bias, weight, torch.float32)
+        self.register_buffer("bias", given)
         static = isinstance(config, Static)
         self.register_buffer("input_scale", torch.full_like(scale[:1].sum(), torch.nan) if static else None)
 

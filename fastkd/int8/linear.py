@@ -17,8 +17,8 @@ class Int8Linear(Int8Layer):
 
     with ``rounded(x)`` to 127 steps on each side of zero. Inference only: a backward through it raises.
 
-    Takes any float dtype, and returns it (under autocast, autocast's). State: see ``state_dict()``; every entry is a
-    plain buffer.
+    Takes any float dtype, and returns it (under autocast, autocast's). As the head of a teacher whose logits shall
+    never be there: ``Head(hidden, layer.float_weight(), layer.bias)``.
 
     Args:
         weight: ``(N, K)`` int8.
@@ -26,6 +26,9 @@ class Int8Linear(Int8Layer):
         bias: ``(N,)`` float32.
         config: What happens to the input.
         dtype: Of the weight, once it is float again.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device.
 
     Example:
         >>> layer = torch.nn.Linear(2, 1, bias=False)

@@ -47,6 +47,11 @@ def test_percentile() -> None:
     assert 127 * scale_of(Static("percentile", percentile=100), *batches) == pytest.approx(float(every[-1]), rel=1e-6)
 
 
+def test_a_percentile_that_is_met_exactly() -> None:
+    values = torch.tensor([[1.0, 3.0]] * 50)
+    assert 127 * scale_of(Static("percentile", percentile=50), values) == pytest.approx(1.0, rel=1e-3)
+
+
 def test_mse() -> None:
     """The squared error of the scale that is found is hardly above that of any other."""
     values = torch.randn(500, 200)

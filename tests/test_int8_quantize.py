@@ -214,6 +214,12 @@ def test_layers_that_lose_too_much_stay_float() -> None:
     assert done.left == {"unused": "the example does not reach it"}
 
 
+def test_a_folded_norm_is_no_loss() -> None:
+    done = quantize_(ConvNet(), example=images(), min_sqnr=25)
+    assert done.left == {}
+    assert done.folded == {"stem_norm": "stem"}
+
+
 def test_an_example_calibrates() -> None:
     model, x = Transformer(), ids()
     float_model = copy.deepcopy(model)

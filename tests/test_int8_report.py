@@ -139,3 +139,25 @@ def test_refused() -> None:
         report(model, 3, x)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="report: repeat must be an integer, 0 or more, got -1"):
         report(model, float_model, x, repeat=-1)
+
+
+def test_agreement() -> None:
+    """Of several tensors together, in any dtype, more numbers than are looked at at a time, and of nothing."""
+    from fastkd.int8 import agreement
+
+    found, parts = agreement.Agreement(), []
+    for n, dtype in ((agreement.CHUNK + 7, torch.float32), (10, torch.bfloat16), (0, torch.float32)):
+        want = torch.randn(n).to(dtype)
+        got = want.float() + 0.01 * torch.randn(n)
+        found.add(got, want)
+        parts.append((got.double(), want.double()))
+    got, want = (torch.cat(column) for column in zip(*parts, strict=True))
+    assert found.sqnr() == pytest.approx(sqnr(got, want), rel=1e-9)
+    assert found.cosine() == pytest.approx(float(got @ want / (got.norm() * want.norm())), rel=1e-12)
+    silent = agreement.Agreement()
+    silent.add(torch.zeros(3), torch.zeros(3))
+    assert (silent.sqnr(), silent.cosine()) == (math.inf, 1.0)
+    silent.add(torch.ones(3), torch.zeros(3))
+    assert (silent.sqnr(), silent.cosine()) == (-math.inf, 0.0)
+    silent.add(torch.full((3,), torch.nan), torch.ones(3))
+    assert math.isnan(silent.sqnr())

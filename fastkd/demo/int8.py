@@ -18,7 +18,7 @@ from .language_model import LanguageModel
 from .settings import DigitsSettings, Settings, TextSettings
 
 BATCHES = (1, 32)
-REPEAT = 21
+REPEAT = 7
 
 
 @dataclass(frozen=True)

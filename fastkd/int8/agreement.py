@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
+
+CHUNK = 2**20  # numbers that are float64 at a time: the logits of a batch may be the largest tensor there is
 
 
 class Agreement:
@@ -14,11 +17,15 @@ class Agreement:
         self.signal = self.noise = self.power = self.product = 0.0
 
     def add(self, got: Tensor, want: Tensor) -> None:
-        a, b = got.detach().double(), want.detach().double()
-        self.signal += float(b.square().sum())
-        self.noise += float((a - b).square().sum())
-        self.power += float(a.square().sum())
-        self.product += float((a * b).sum())
+        sums = torch.zeros(4, dtype=torch.float64, device=want.device)
+        for a, b in zip(got.reshape(-1).split(CHUNK), want.reshape(-1).split(CHUNK), strict=True):
+            x, y = a.detach().double(), b.detach().double()
+            sums += torch.stack([y @ y, (x - y).square().sum(), x @ x, x @ y])
+        signal, noise, power, product = sums.tolist()
+        self.signal += signal
+        self.noise += noise
+        self.power += power
+        self.product += product
 
     def sqnr(self) -> float:
         """Signal to quantisation noise, in dB: 10 more is a tenth of the squared error. NaN where a number is."""

@@ -119,7 +119,9 @@ def of_text(model: LanguageModel, settings: TextSettings, corpus: Corpus) -> Int
 def compare(
     name: str, network: nn.Module, metric: str, score: Callable[[nn.Module], float], batch: Callable[[int], Tensor]
 ) -> Int8Row:
-    network = copy.deepcopy(network).eval()
+    network.eval()
+    with torch.no_grad():
+        network(batch(1))  # features that it keeps belong to no graph now, which could not be copied
     rounded = copy.deepcopy(network)
     int8.quantize_(rounded)
     reports = {n: int8.report(rounded, network, batch(n), repeat=REPEAT) for n in BATCHES}

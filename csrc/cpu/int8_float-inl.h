@@ -8,7 +8,7 @@ namespace {
 
 // Number j of each of a panel's words, as floats.
 FASTKD_INLINE vf weight_of(vi w, int j) {
-    constexpr int kBits = 32 / kGroup;
+    constexpr int kBits = 32 / kPerWord;
     return __builtin_convertvector(w << (32 - kBits * (j + 1)) >> (32 - kBits), vf);
 }
 
@@ -25,14 +25,14 @@ __attribute__((noinline)) void float_tile(const Int8Rows& a, const char* block, 
 #pragma GCC unroll 4
             for (int p = 0; p < panels; ++p) w[p] = load_weights(weights + p * kWordBytes);
 #pragma GCC unroll 4
-            for (int j = 0; j < kGroup; ++j) {
+            for (int j = 0; j < kPerWord; ++j) {
                 vf column[panels];
 #pragma GCC unroll 4
                 for (int p = 0; p < panels; ++p) column[p] = weight_of(w[p], j);
 #pragma GCC unroll 24
                 for (int i = 0; i < rows * panels; ++i) {
                     float x;
-                    __builtin_memcpy(&x, at + i / panels * stride + (word * kGroup + j) * sizeof x, sizeof x);
+                    __builtin_memcpy(&x, at + i / panels * stride + (word * kPerWord + j) * sizeof x, sizeof x);
                     sums[i] += x * column[i % panels];
                 }
             }

@@ -7,7 +7,7 @@ namespace fastkd {
 namespace {
 
 constexpr Int8Kernels int8_kernels = {
-    {W, kPanels, kProductRows, kGroup, kZero},
+    {W, kPanels, kProductRows, kPerWord, kZero},
     int8_largest,
     int8_quantize,
     int8_quantize_planes,

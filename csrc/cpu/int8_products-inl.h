@@ -8,7 +8,7 @@ namespace {
 // Sums of a tile stay in registers: 24 of 32 where a register has 16 lanes, elsewhere 8 of 16.
 constexpr int kPanels = W == 16 ? 3 : 2, kProductRows = W == 16 ? 8 : 4;
 static_assert(kPanels * W <= kMostColumns, "a block fits the memory of its sums");
-constexpr int64_t kWordBytes = W * kGroup;  // of a panel
+constexpr int64_t kWordBytes = W * kPerWord;  // of a panel
 
 // A word of each column, as the products take them; what these add to the sums.
 #if defined(__AVX512VNNI__)
@@ -122,7 +122,7 @@ int64_t int8_peak(int64_t rounds) {
     for (int i = 1; i < kSums; ++i) total += sums[i];
     volatile int32_t kept = total[0];  // or all of it would be for nothing, and left out
     (void)kept;
-    return rounds * kSums * W * kGroup;
+    return rounds * kSums * W * kPerWord;
 }
 
 }  // namespace

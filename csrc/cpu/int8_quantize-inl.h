@@ -7,10 +7,10 @@ namespace {
 
 #if defined(__AVX512VNNI__)
 typedef uint8_t Number;
-constexpr int kGroup = 4, kZero = 128;
+constexpr int kPerWord = 4, kZero = 128;
 #else
 typedef int16_t Number;
-constexpr int kGroup = 2, kZero = 0;
+constexpr int kPerWord = 2, kZero = 0;
 #endif
 typedef Number vn __attribute__((vector_size(sizeof(Number) * W)));
 
@@ -64,9 +64,9 @@ uint32_t int8_quantize(const void* x, Dtype dtype, int64_t n, float step, void* 
 template <bool whole>
 FASTKD_INLINE vi word_of_planes(const void* x, Dtype dtype, int64_t plane, int64_t present, int64_t at, int64_t n, vf by,
                                 vi& most) {
-    constexpr int kBits = 32 / kGroup, kMask = kBits == 8 ? 0xff : 0xffff;
+    constexpr int kBits = 32 / kPerWord, kMask = kBits == 8 ? 0xff : 0xffff;
     vi word{};
-    for (int j = 0; j < kGroup; ++j) {
+    for (int j = 0; j < kPerWord; ++j) {
         const vf value = j < present ? take<whole>(x, dtype, j * plane + at, n) : vf{};
         word |= ((levels(value, by) + kZero) & kMask) << (j * kBits);
         most = larger(most, value);
@@ -85,7 +85,7 @@ static void read_planes(const Int8Planes& p, int64_t first, int64_t count, int64
     const int64_t size = p.dtype == Dtype::float32 ? 4 : 2;
     const vf by = splat(p.step);
     for (int64_t k = 0; k < count; ++k) {
-        const int64_t c = (first + k) * kGroup, present = p.channels - c;
+        const int64_t c = (first + k) * kPerWord, present = p.channels - c;
         const void* x = static_cast<const char*>(p.x) + (c * p.plane + begin) * size;
         int64_t i = 0;
         for (; i + W <= n; i += W) {
@@ -117,7 +117,7 @@ static void write_pixels(const Int8Planes& p, int64_t first, int64_t count, int6
 }
 
 uint32_t int8_quantize_planes(const Int8Planes& p) {
-    const int64_t pixels = p.width * p.lines, words = (p.channels + kGroup - 1) / kGroup;
+    const int64_t pixels = p.width * p.lines, words = (p.channels + kPerWord - 1) / kPerWord;
     Turned turned;
     vi most{};
     for (int64_t first = 0; first < words; first += W) {

@@ -7,8 +7,13 @@
 namespace fastkd {
 
 #if defined(__x86_64__)
-// Made here, in a unit that runs on any processor: its parts are constants, but those of other units.
-static const InstructionSet avx512vnni = {"avx512vnni", avx512vnni_supported, avx512.logit, avx512.topk, avx512vnni_int8};
+// Made here, in a unit that runs on any processor.
+static InstructionSet with_vnni() {
+    InstructionSet set = avx512;
+    set.name = "avx512vnni", set.supported = avx512vnni_supported, set.int8 = avx512vnni_int8;
+    return set;
+}
+static const InstructionSet avx512vnni = with_vnni();
 static const InstructionSet* const kSets[] = {&avx512vnni, &avx512, &avx2, &generic};
 #else
 static const InstructionSet* const kSets[] = {&generic};

@@ -152,6 +152,7 @@ def cuda_angle_loss(
     stream: int,
     /,
 ) -> None: ...
+
 # int8 layers. Their shape: output channels, a group's input channels, taps, groups; fastkd/native/int8_linear.py lays
 # out the rest. False: the input's scale is not a positive number, and nothing was computed.
 def int8_packed_bytes(shape: tuple[int, int, int, int], /) -> int: ...

@@ -95,7 +95,7 @@ LINEAR: dict[str, tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] 
     ),
     "impl": (
         ValueError,
-        "impl must be one of triton, native, algebra, reference, got 'cuda'",
+        "impl must be one of native, reference, got 'cuda'",
         (X, W, SCALE),
         {"impl": "cuda"},
     ),

@@ -14,7 +14,6 @@ In ``frozen-head`` the student's weight is a constant: three matmuls.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Callable, Iterator
 
 import torch
@@ -31,7 +30,7 @@ from bench.head_rivals import HeadLoss
 from bench.kd import DTYPES
 from bench.matmul import Matmul
 from bench.measure import Case, Contender
-from bench.providers import Unavailable, able, compile_now, implementation, rows_that_fit
+from bench.providers import Unavailable, able, compile_now, implementation, need, rows_that_fit
 from fastkd import Head, _dispatch
 from fastkd._rows import DIVERGENCES
 
@@ -199,6 +198,5 @@ def _rival(name: str, divergence: str, soft_only: bool, device: torch.device) ->
         raise Unavailable(f"it has no {divergence} of two heads")
     if device.type != "cuda":
         raise Unavailable("its kernels need a GPU")
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise Unavailable("liger_kernel is not installed")
+    need("liger_kernel")
     return (head_rivals.liger_fused if name == "liger-fused" else head_rivals.liger_chunked)(divergence, soft_only)

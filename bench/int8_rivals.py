@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from bench.providers import Unavailable
+from bench.providers import need
 
 Layer = Callable[[Tensor], Tensor]
 
@@ -31,7 +30,7 @@ def torch_dynamic(layer: nn.Linear, _: Tensor) -> Layer:
 
 
 def torchao(layer: nn.Linear, _: Tensor) -> Layer:
-    _need("torchao")
+    need("torchao")
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     model = nn.Sequential(copy.deepcopy(layer))
@@ -50,7 +49,7 @@ def torchao_compiled(layer: nn.Linear, input: Tensor) -> Layer:
 
 def quanto(layer: nn.Linear, input: Tensor) -> Layer:
     """Its activations have a scale of the whole tensor, found on this very input."""
-    _need("optimum.quanto")
+    need("optimum.quanto")
     from optimum.quanto import Calibration, freeze, qint8, quantize
 
     model = nn.Sequential(copy.deepcopy(layer))
@@ -62,7 +61,7 @@ def quanto(layer: nn.Linear, input: Tensor) -> Layer:
 
 
 def bitsandbytes(layer: nn.Linear, _: Tensor) -> Layer:
-    _need("bitsandbytes")
+    need("bitsandbytes")
     from bitsandbytes.nn import Linear8bitLt
 
     model = Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False, threshold=0.0)
@@ -79,13 +78,3 @@ RIVALS: dict[str, Callable[[nn.Linear, Tensor], Layer]] = {
     "quanto": quanto,
     "bitsandbytes": bitsandbytes,
 }
-
-
-def _need(module: str) -> None:
-    package = module.partition(".")[0]
-    try:
-        found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
-        raise Unavailable(f"{package} is not installed")

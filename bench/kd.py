@@ -15,7 +15,6 @@ see ``bench/exponentials.py``.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 from collections.abc import Callable, Iterator
 
 import torch
@@ -27,7 +26,7 @@ from bench.data import as_output, peaked_pair
 from bench.eager import ALPHA, BETA, LIGER_HAS, TEMPERATURE, Loss
 from bench.exponentials import least_exponentials
 from bench.measure import Case, Contender
-from bench.providers import Unavailable, able, compile_now, implementation, rows_that_fit
+from bench.providers import Unavailable, able, compile_now, implementation, need, rows_that_fit
 from fastkd import _dispatch
 from fastkd._rows import DIVERGENCES
 
@@ -189,6 +188,5 @@ def _rival(name: str, divergence: str, device: torch.device) -> Loss:
         raise Unavailable(f"it has no {divergence} on logits or probabilities")
     if device.type != "cuda":
         raise Unavailable("its kernels need a GPU")
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise Unavailable("liger_kernel is not installed")
+    need("liger_kernel")
     return eager.liger(divergence)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterable
 
 import psutil
@@ -17,6 +18,16 @@ NAMES = {package: name for name, package in _dispatch.PACKAGES.items()}
 
 class Unavailable(Exception):
     """This provider cannot run here; the message says why."""
+
+
+def need(module: str) -> None:
+    package = module.partition(".")[0]
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # a parent of the module is not there
+        found = None
+    if found is None:
+        raise Unavailable(f"{package} is not installed")
 
 
 def able(

@@ -21,10 +21,11 @@ from bench.gate import Wrong
 from bench.kd import DTYPES, MODES
 from bench.measure import Case, Contender
 from bench.providers import able, compile_now, implementation
+from bench.relation_rivals import RIVALS
 from fastkd import _dispatch
 from fastkd.testing import assert_as_exact_as_fp32
 
-PROVIDERS = ("eager", "compiled", "fastkd", "fastkd-prepared")
+PROVIDERS = ("eager", "compiled", *RIVALS, "fastkd", "fastkd-prepared")
 FIRST_ROWS = 24
 BAR = 1e-5  # of fastkd at full size, relative to its own float64; the first rows have the strict one
 
@@ -145,7 +146,7 @@ def case(problem: Problem, mode: str, args: argparse.Namespace) -> Case:
 
 def _contender(name: str, problem: Problem, mode: str) -> Contender:
     relation, ran, teacher = problem.relation, "", problem.teacher
-    loss = relation.naive
+    loss = RIVALS[name](problem.name) if name in RIVALS else relation.naive
     if name.startswith("fastkd"):
         ran = implementation(relation.ours.__name__, problem.impl, problem.student, problem.teacher)
         problem.check_first_rows(lambda s, t: relation.ours(s, t, impl=problem.impl))

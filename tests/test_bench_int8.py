@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import int8, int8_rivals, record, run
+from bench import int8, providers, record, run
 from bench.measure import Contender
 
 TINY = ["int8", "--device", "cpu", "--threads", "1", "--repeat", "2", "--commit", "abc1234", "--shape", "3,64,32"]
@@ -36,7 +36,7 @@ def test_a_run_writes_a_row_for_everyone(tmp_path: Path) -> None:
 
 
 def test_who_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8_rivals.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(providers.importlib.util, "find_spec", lambda name: None)
     truth = int8.Truth(nn.Linear(8, 4).requires_grad_(False), torch.randn(2, 8))
     rivals = ("torchao", "torchao-compiled", "quanto", "bitsandbytes")
     contenders, absent = int8.able(rivals, lambda name: int8.contender(name, truth, None), truth.check)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from bench import record, relation, run
 from bench.measure import Contender
+from bench.providers import able
 
 TINY = ["relation", "--device", "cpu", "--threads", "1", "--repeat", "2", "--commit", "abc1234", "--rows", "12"]
 TINY += ["--width", "6"]
@@ -42,6 +44,20 @@ def test_all_compute_the_same(name: str, dtype: torch.dtype) -> None:
     for mode in relation.MODES:
         for who in WITHOUT_COMPILER:
             problem.check(relation._contender(who, problem, mode))
+
+
+@pytest.mark.parametrize("who", relation.RIVALS)
+@pytest.mark.parametrize("name", ["rkd-distance", "cka"])
+def test_another_library_computes_the_same_or_says_why_not(who: str, name: str) -> None:
+    problem = relation.Problem(name, 12, 6, 6, torch.float32, torch.device("cpu"), None)
+    contenders, absent = able([who], lambda rival: relation._contender(rival, problem, "forward"), problem.check)
+    if importlib.util.find_spec(who) is None:
+        assert absent == {who: f"{who} is not installed"}
+    elif name == "cka":
+        assert not contenders
+        assert who in absent[who]
+    else:
+        assert [contender.name for contender in contenders] == [who]
 
 
 @pytest.mark.parametrize("number", ["loss", "gradient"])

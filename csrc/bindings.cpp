@@ -6,7 +6,9 @@
 #include "cpu/feature_rows.h"
 #include "cpu/isa.h"
 #include "cpu/logit_rows.h"
+#include "cpu/matmul_panels.h"
 #include "cpu/pairs_matrix.h"
+#include "cpu/similarity_rows.h"
 #include "cpu/topk_rows.h"
 #include "numbers.h"
 #ifdef FASTKD_WITH_CUDA
@@ -158,6 +160,22 @@ double pair_loss(Address student, Address teacher, int64_t n, double delta, int 
                 reinterpret_cast<double*>(slopes));
 }
 
+template <class T>
+void product(Address left, bool left_doubles, int64_t left_across, int64_t left_along, Address right, bool right_doubles,
+             int64_t right_across, int64_t right_along, int64_t rows, int64_t depth, int64_t columns, bool adds, int threads,
+             Address out) {
+    const Factor a = {reinterpret_cast<const void*>(left), left_doubles, left_across, left_along};
+    const Factor b = {reinterpret_cast<const void*>(right), right_doubles, right_across, right_along};
+    const py::gil_scoped_release release;
+    matmul(a, b, rows, depth, columns, adds, threads, reinterpret_cast<T*>(out));
+}
+
+double similarities(Address student, Address teacher, int64_t rows, int64_t columns, double eps, int threads, Address slopes) {
+    const py::gil_scoped_release release;
+    return compare_similarities(reinterpret_cast<const double*>(student), reinterpret_cast<const double*>(teacher), rows, columns,
+                                eps, threads, reinterpret_cast<double*>(slopes));
+}
+
 double hint(Address student, int student_dtype, Address teacher, int teacher_dtype, int64_t rows, int64_t width, Address mask,
             int distance, double delta, double scale, int threads, Address gradient) {
     const Hint problem{{reinterpret_cast<const void*>(student), static_cast<Dtype>(student_dtype)},
@@ -206,6 +224,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("pair_pull_narrow", &pull<float>);
     m.def("pair_distance_loss", &pair_loss<&pair_distance_loss>);
     m.def("pair_angle_loss", &pair_loss<&pair_angle_loss>);
+    m.def("matmul", &product<float>);
+    m.def("matmul_wide", &product<double>);
+    m.def("compare_similarities", &similarities);
     m.def("hint_loss", &hint);
     m.def("attention_maps", &attention);
     m.def("attention_map_loss", &attention_transfer);

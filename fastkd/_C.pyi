@@ -66,6 +66,47 @@ def attention_backward(
     /,
 ) -> None: ...
 
+# The factors are csrc/cpu/matmul.h's; `out` is floats, or doubles where it says wide.
+def matmul(
+    left: int,
+    left_doubles: bool,
+    left_across: int,
+    left_along: int,
+    right: int,
+    right_doubles: bool,
+    right_across: int,
+    right_along: int,
+    rows: int,
+    depth: int,
+    columns: int,
+    adds: bool,
+    threads: int,
+    out: int,
+    /,
+) -> None: ...
+def matmul_wide(
+    left: int,
+    left_doubles: bool,
+    left_across: int,
+    left_along: int,
+    right: int,
+    right_doubles: bool,
+    right_across: int,
+    right_along: int,
+    rows: int,
+    depth: int,
+    columns: int,
+    adds: bool,
+    threads: int,
+    out: int,
+    /,
+) -> None: ...
+
+# Cosines and slopes are contiguous doubles. No slopes: 0.
+def compare_similarities(
+    student: int, teacher: int, rows: int, columns: int, eps: float, threads: int, slopes: int, /
+) -> float: ...
+
 # Addresses of contiguous doubles, or of floats where it says narrow; squares are doubles. y is 0 for the rows of x.
 def pair_squares(x: int, n: int, y: int, m: int, width: int, threads: int, out: int, /) -> None: ...
 def pair_squares_narrow(x: int, n: int, y: int, m: int, width: int, threads: int, out: int, /) -> None: ...

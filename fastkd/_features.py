@@ -21,8 +21,6 @@ from torch import Tensor
 
 Result = tuple[Tensor, Tensor | None]
 
-SHORTEST = 1e-12  # a row that is no longer counts as zero, with gradient 0
-
 
 class Features:
     """A batch of features, and what was computed from them so far. The features must not change."""

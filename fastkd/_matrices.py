@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._pairs import widen
+from ._widen import widen
 
 Gradients = tuple[Tensor, Tensor | None]
 

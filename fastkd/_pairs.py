@@ -20,14 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ._features import Features, Result, kept, result_dtype
+from ._unit_rows import through_unit_rows, unit_rows
+from ._widen import widen
 
 COINCIDENT = 1e-6  # closer rows, as a share of the root mean square of the batch's distances
-SHORTEST = 1e-12  # a shorter row is a row of zeros, where rows are normalised
-NARROW = ("mps",)  # devices that have no float64
 
 Squares = Callable[[Tensor], Tensor]
 Pairs = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
@@ -76,20 +75,3 @@ def _of_unit_rows(squares: Squares) -> Callable[[Features], Tensor]:
         return squares(unit_rows(widen(teacher))[0])
 
     return kept(squared_distances_of_unit_rows)
-
-
-def widen(tensor: Tensor) -> Tensor:
-    return (tensor.float() if tensor.device.type in NARROW else tensor.double()).contiguous()
-
-
-def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of length 1, or 0 for those that are too short, and the lengths (inf for these)."""
-    lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    short = lengths < SHORTEST
-    return torch.where(short, 0.0, x / lengths), torch.where(short, torch.inf, lengths)
-
-
-def through_unit_rows(slope: Tensor, units: Tensor, lengths: Tensor) -> Tensor:
-    """From the gradient of the unit rows to that of the rows."""
-    along = torch.linalg.vecdot(units, slope).unsqueeze(-1)
-    return torch.addcmul(slope, units, along, value=-1).div_(lengths)

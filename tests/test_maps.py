@@ -12,7 +12,7 @@ from test_gram import Largest
 from torch import Tensor
 
 import fastkd
-from fastkd.algebra import _widen
+from fastkd import _widen
 
 IMPLEMENTATIONS = ("reference", "algebra", "native")
 OWNERS = {"attention": IMPLEMENTATIONS, "nst": ("reference", "algebra")}

@@ -18,7 +18,7 @@ import fastkd
 from fastkd import correlation_congruence_loss, pkt_loss
 
 Loss = Callable[..., Tensor]
-IMPLEMENTATIONS = ("reference", "algebra")
+IMPLEMENTATIONS = ("reference", "algebra", "native")
 
 
 def unit(x: Tensor) -> Tensor:
@@ -127,18 +127,23 @@ def test_dtypes(impl: str, loss: Loss, naive: Loss) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         student, teacher = pair(loss, 9, 5, 6)
         judge(loss, naive, student.to(dtype), teacher.to(dtype), impl=impl)
+
+
+@each_loss
+@pytest.mark.parametrize("by", ["reference", "algebra"])
+def test_float64(by: str, loss: Loss, naive: Loss) -> None:
     student, teacher = pair(loss, 6, 3, 4)
-    assert loss(student, teacher.double(), impl=impl).dtype is torch.float64
+    assert loss(student, teacher.double(), impl=by).dtype is torch.float64
     student = student.double().requires_grad_()
     for options in ({}, {} if loss is pkt_loss else {"normalize_rows": True, "reduction": "sum"}):
-        assert torch.autograd.gradcheck(partial(loss, teacher=teacher.double(), impl=impl, **options), (student,))
+        assert torch.autograd.gradcheck(partial(loss, teacher=teacher.double(), impl=by, **options), (student,))
 
 
 @each_loss
 def test_strips(loss: Loss, naive: Loss, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher = pair(loss, 50, 6, 9)
     whole = call(loss, student, teacher)
-    monkeypatch.setattr(fastkd.algebra.similarity, "ELEMENTS", 350)
+    monkeypatch.setattr(fastkd._similarity, "ELEMENTS", 350)
     with Largest() as largest:
         strips = call(loss, student, teacher)
     assert largest.numel <= 50 * 9

@@ -3,7 +3,9 @@
 #include "int8_kernels-inl.h"
 #include "isa.h"
 #include "logit-inl.h"
+#include "matmul-inl.h"
 #include "pairs-inl.h"
+#include "similarity-inl.h"
 #include "standard-inl.h"
 #include "topk-inl.h"
 
@@ -27,6 +29,8 @@ const InstructionSet avx512 = {
      angles},
     {distance, difference, combination, add_powers, sum_powers, power_gradient},
     int8_kernels,
+    {{kPanel<double>, pack_panel<double>, multiply_panels<double>}, {kPanel<float>, pack_panel<float>, multiply_panels<float>}},
+    {similarity_row},
 };
 
 }  // namespace fastkd

@@ -11,7 +11,7 @@
 namespace fastkd {
 namespace {
 
-constexpr double kShortest = 1e-12;  // SHORTEST in fastkd/_features.py
+constexpr double kShortest = 1e-12;  // SHORTEST in fastkd/_unit_rows.py
 
 Row at(const Row& row, int64_t element) {
     return {static_cast<const char*>(row.data) + element * (row.dtype == Dtype::float32 ? 4 : 2), row.dtype};

@@ -5,7 +5,9 @@
 #include "feature.h"
 #include "int8.h"
 #include "logit.h"
+#include "matmul.h"
 #include "pairs.h"
+#include "similarity.h"
 #include "topk.h"
 
 namespace fastkd {
@@ -19,6 +21,8 @@ struct InstructionSet {
     PairKernels pairs;
     FeatureKernels feature;
     Int8Kernels int8;
+    MatmulKernels matmul;
+    SimilarityKernels similarity;
 };
 
 extern const InstructionSet generic;

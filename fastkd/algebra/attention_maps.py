@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._features import Features, Result, keep, result_dtype
-from ._directions import directions, undirected
+from .._unit_rows import through_unit_rows, unit_rows
 
 
 def attention_transfer_loss(
@@ -14,8 +14,8 @@ def attention_transfer_loss(
 ) -> Result:
     dtype = result_dtype(student, teacher)
     maps = _maps(student.tensor, p, dtype)
-    taught, _ = directions(keep(teacher, f"attention, p={p}, {dtype}", lambda: _maps(teacher.tensor, p, dtype)), 1)
-    direction, lengths = directions(maps, 1)
+    taught, _ = unit_rows(keep(teacher, f"attention, p={p}, {dtype}", lambda: _maps(teacher.tensor, p, dtype)))
+    direction, lengths = unit_rows(maps)
     difference = direction - taught
     if convention == "code":
         each, slope = difference.square(), 2 * difference
@@ -26,7 +26,7 @@ def attention_transfer_loss(
     loss = scale * each.sum()
     if not gradient:
         return loss, None
-    slope = undirected(slope, direction, lengths, 1) * (p * scale / max(1, student.tensor.shape[1]))
+    slope = through_unit_rows(slope, direction, lengths) * (p * scale / max(1, student.tensor.shape[1]))
     return loss, _power(student.tensor.to(dtype), p) * slope.view(len(maps), 1, *student.tensor.shape[2:])
 
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from .._distances import products
 from .._matrices import Gradients, result_dtype
-from .._pairs import through_unit_rows, unit_rows, widen
+from .._unit_rows import through_unit_rows, unit_rows
+from .._widen import widen
 
 
 def forward(x: Tensor, y: Tensor | None, squared: bool) -> Tensor:

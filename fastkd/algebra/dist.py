@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .._features import Features, Result, result_dtype
-from ._widen import widen
+from .._widen import widen
 
 EPS = 1e-8
 BLOCK = 2**18  # elements

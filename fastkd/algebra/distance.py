@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .._distances import pull, squares
 from .._matrices import Gradients, distance_slopes, result_dtype
-from .._pairs import widen
+from .._widen import widen
 
 
 def forward(x: Tensor, y: Tensor | None, squared: bool) -> Tensor:

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from .._features import Features, Result, keep, result_dtype
-from ._directions import directions, undirected
-from ._widen import chunk_rows, wide_dtype, widen
+from .._unit_rows import through_unit_rows, unit_rows
+from .._widen import chunk_rows, wide_dtype, widen
 
 
 def nst_loss(student: Features, teacher: Features, gradient: bool, *, reduction: str) -> Result:
     dtype = result_dtype(student, teacher)
-    s, lengths = directions(student.tensor.to(dtype).flatten(2), 2)
-    t, _ = directions(teacher.tensor.to(dtype).flatten(2), 2)
+    s, lengths = unit_rows(student.tensor.to(dtype).flatten(2))
+    t, _ = unit_rows(teacher.tensor.to(dtype).flatten(2))
     scale = 1.0 if reduction == "sum" else 1.0 / max(1, s.shape[0])
     by_positions = s.shape[2] <= max(s.shape[1], t.shape[1])
     loss, slope = (_by_positions if by_positions else _by_channels)(s, t, teacher, gradient, scale)
-    return loss, None if slope is None else undirected(slope, s, lengths, 2).view(student.tensor.shape)
+    return loss, None if slope is None else through_unit_rows(slope, s, lengths).view(student.tensor.shape)
 
 
 def _by_positions(s: Tensor, t: Tensor, teacher: Features, gradient: bool, scale: float) -> Result:

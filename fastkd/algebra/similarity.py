@@ -1,121 +1,30 @@
-r"""Losses of similarities between all pairs of rows, some rows of both N x N matrices at a time.
-
-Of a loss that is a function of the products c_ij = x_i . x_j, with M_ij = d loss / d c_ij, the gradient is (M + M') X.
-For ``pkt_loss``, with x the unit rows, r_ij = q_ij / (p_ij + eps) and z_i the sum of a row of 1 + c::
-
-    M_ij = (sum_k r_ik p_ik - r_ij) / z_i
-"""
+"""Losses of similarities: what ``fastkd/_similarity.py`` says, with products by torch."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from functools import partial
 
-import torch
 from torch import Tensor
 
-from .._distances import ELEMENTS, products
-from .._features import Features, Result, kept, result_dtype
-from .._pairs import through_unit_rows, unit_rows, widen
+from .. import _similarity
+from . import _products
 
 
-def pkt_loss(student: Features, teacher: Features, gradient: bool, *, eps: float, reduction: str) -> Result:
-    (units, lengths), taught = unit_rows(widen(student.tensor)), wide_unit_rows(teacher)
-    total, slope = units.new_zeros(()), torch.zeros_like(units)
-    for rows in _strips(units):
-        p, sums = _probabilities(units, rows)
-        q, _ = _probabilities(taught, rows)
-        total += (q * ((q + eps) / (p + eps)).log_()).sum()
-        if gradient:
-            ratio = q.div_(p + eps)
-            slopes = ((ratio * p).sum(1, keepdim=True) - ratio).div_(sums)
-            if len(slopes) == len(units):
-                slope = (slopes + slopes.T) @ units
-            else:
-                slope[rows] += slopes @ units
-                slope += slopes.T @ units[rows]
-    terms = 1 if reduction == "sum" else max(1, len(units)) ** 2
-    dtype = result_dtype(student, teacher)
-    return (total / terms).to(dtype), (through_unit_rows(slope, units, lengths) / terms).to(dtype) if gradient else None
+def _compare(student: Tensor, teacher: Tensor, eps: float, gradient: bool) -> tuple[Tensor, Tensor | None]:
+    (p, sums), (q, _) = _probabilities(student), _probabilities(teacher)
+    total = (q * ((q + eps) / (p + eps)).log_()).sum()
+    if not gradient:
+        return total, None
+    ratio = q.div_(p + eps)
+    return total, ((ratio * p).sum(1, keepdim=True) - ratio).div_(sums)
 
 
-@kept
-def wide_unit_rows(features: Tensor) -> Tensor:
-    return unit_rows(widen(features))[0]
-
-
-def _probabilities(units: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """Some rows of them, and the sums that they were divided by."""
-    similarity = _products(units, rows).clamp_(-1, 1).add_(1)
+def _probabilities(cosines: Tensor) -> tuple[Tensor, Tensor]:
+    """And what they were divided by."""
+    similarity = cosines.clamp_(-1, 1).add_(1)
     sums = similarity.sum(1, keepdim=True)
     return similarity.div_(sums), sums
 
 
-def _products(x: Tensor, rows: slice) -> Tensor:
-    return products(x) if rows == slice(0, len(x)) else x[rows] @ x.T
-
-
-def _strips(rows: Tensor) -> Iterator[slice]:
-    count = max(1, ELEMENTS // max(1, len(rows)))
-    return (slice(start, min(start + count, len(rows))) for start in range(0, len(rows), count))
-
-
-def correlation_congruence_loss(
-    student: Features,
-    teacher: Features,
-    gradient: bool,
-    *,
-    form: str,
-    gamma: float,
-    order: float,
-    normalize_rows: float,
-    reduction: str,
-) -> Result:
-    s, t = widen(student.tensor), widen(teacher.tensor)
-    lengths = None
-    if normalize_rows:
-        (s, lengths), t = unit_rows(s), wide_unit_rows(teacher)
-    if form == "taylor":
-        total, slope = _taylor(s, t, gradient, gamma, int(order))
-        terms = len(s) ** 2
-    else:
-        total, slope = _neighbours(s, t, gradient)
-        terms = len(s) - 1
-    scale = 1.0 if reduction == "sum" else 1.0 / max(1, terms)
-    dtype = result_dtype(student, teacher)
-    if slope is None:
-        return (total * scale).to(dtype), None
-    slope = slope if lengths is None else through_unit_rows(slope, s, lengths)
-    return (total * scale).to(dtype), (slope * scale).to(dtype)
-
-
-def _taylor(s: Tensor, t: Tensor, gradient: bool, gamma: float, order: int) -> Result:
-    total, slope = s.new_zeros(()), torch.empty_like(s)
-    for rows in _strips(s):
-        kernel, derivative = _kernel(_products(s, rows), gamma, order)
-        difference = kernel.sub_(_kernel(_products(t, rows), gamma, order)[0])
-        total += difference.square().sum()
-        if gradient:
-            slope[rows] = derivative.mul_(difference) @ s
-    return total, slope.mul_(4) if gradient else None
-
-
-def _kernel(products: Tensor, gamma: float, order: int) -> tuple[Tensor, Tensor]:
-    """k and its derivative, by Horner's rule."""
-    value, derivative = torch.zeros_like(products), torch.zeros_like(products)
-    for p in range(order, -1, -1):
-        derivative = derivative.mul_(products).add_(value)
-        value = value.mul_(products).add_(math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p))
-    return value, derivative
-
-
-def _neighbours(s: Tensor, t: Tensor, gradient: bool) -> Result:
-    gaps = s - t
-    sizes = gaps.abs()
-    total = (sizes[:-1] * sizes[1:]).sum()
-    if not gradient:
-        return total, None
-    weights = torch.zeros_like(sizes)
-    weights[:-1] += sizes[1:]
-    weights[1:] += sizes[:-1]
-    return total, weights * gaps.sign()
+pkt_loss = partial(_similarity.pkt_loss, _products, _compare)
+correlation_congruence_loss = partial(_similarity.correlation_congruence_loss, _products)

@@ -52,7 +52,7 @@ def pairwise_cosine(x: Tensor, y: Tensor | None = None, *, impl: str | None = No
 
         F.normalize(x, dim=1) @ F.normalize(x if y is None else y, dim=1).T
 
-    summed in float64. A row shorter than 1e-12 counts as zero: its cosines are 0, and so is its gradient.
+    summed in float64. A row no longer than 1e-12 counts as zero: its cosines are 0, and so is its gradient.
 
     Args:
         x, y, impl: As in :func:`pairwise_distance`, as are the result and the errors.

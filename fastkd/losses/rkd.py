@@ -45,7 +45,7 @@ def rkd_distance_loss(
             :func:`rkd_angle_loss` too. A constant: it never gets a gradient.
         delta: Where the Huber function turns linear; 1 as published.
         normalize_rows: Divide each row by its length first, as MMRazor does by default and the paper's code does not. A
-            row shorter than 1e-12 counts as zero.
+            row no longer than 1e-12 counts as zero.
         reduction: ``"mean"`` over all N^2 pairs, as published, or ``"sum"``.
         group, impl: As in :func:`fastkd.gram_loss`.
 
@@ -95,7 +95,7 @@ def rkd_angle_loss(
             :func:`rkd_distance_loss` too. A constant: it never gets a gradient.
         delta: Where the Huber function turns linear; 1 as published.
         normalize_rows: Divide each row by its length first, as MMRazor does by default and the paper's code does not. A
-            row shorter than 1e-12 counts as zero.
+            row no longer than 1e-12 counts as zero.
         reduction: ``"mean"`` over all N^3 angles, as published, with the 0 and 1 of degenerate ones; or ``"sum"``.
         group, impl: As in :func:`fastkd.gram_loss`.
 

@@ -39,8 +39,8 @@ def pkt_loss(
         p, q = probabilities(student), probabilities(teacher)
         (q * ((q + eps) / (p + eps)).log()).mean()  # "sum": .sum()
 
-    summed in float64, some rows of both matrices at a time. A row shorter than 1e-12 counts as zero: its cosines are 0,
-    and so is its gradient.
+    summed in float64, some rows of both matrices at a time. A row no longer than 1e-12 counts as zero: its cosines are
+    0, and so is its gradient.
 
     Args:
         eps: As published.
@@ -96,7 +96,7 @@ def correlation_congruence_loss(
         gamma: Of the Gaussian kernel; 0.4 as published.
         order: Of its development, from 1 to 32; 2 as published.
         normalize_rows: Divide each row by its length first: the kernel is Gaussian for rows of length 1 alone.
-            torchdistill leaves that to the user. A row shorter than 1e-12 counts as zero.
+            torchdistill leaves that to the user. A row no longer than 1e-12 counts as zero.
         reduction: ``"mean"`` over all N^2 pairs, or the N - 1 of neighbours; or ``"sum"``.
         student, teacher, group, impl: As in :func:`fastkd.gram_loss`, as are the result and the errors.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._matrices import Gradients, distance_slopes, result_dtype
-from .._pairs import widen
+from .._widen import widen
 from .rkd import pull, squares
 
 

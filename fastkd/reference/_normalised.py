@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._features import SHORTEST
+from .._unit_rows import SHORTEST
 
 
 def normalised(x: Tensor, dim: int, order: float = 2) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@ r"""The matrix of cosines of the rows x_i and y_j::
 
     c_ij = x_i . y_j / (|x_i| |y_j|)
 
-A row shorter than 1e-12 is a row of zeros: its cosines are 0, and so is its gradient.
+A row no longer than 1e-12 is a row of zeros: its cosines are 0, and so is its gradient.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._matrices import Gradients, result_dtype
-from .._pairs import SHORTEST
+from .._unit_rows import SHORTEST
 from ._gradient import gradients
 from ._scale import power_of_two
 
@@ -34,5 +34,5 @@ def unit_rows(x: Tensor) -> Tensor:
     scale = power_of_two(x, dim=-1)
     x = x / scale
     lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    short = lengths * scale < SHORTEST
+    short = lengths * scale <= SHORTEST
     return torch.where(short, 0.0, x / torch.where(short, 1.0, lengths))

@@ -1,6 +1,6 @@
 r"""Losses of similarities between all pairs of rows, by building both N x N matrices.
 
-With s_i, t_i the rows of student and teacher, and cos(s_i, s_j) the cosine of two rows, 0 if one is shorter than 1e-12:
+With s_i, t_i the rows of student and teacher, and cos(s_i, s_j) the cosine of two, 0 if one is no longer than 1e-12:
 
 ``pkt_loss``, with q of the teacher's rows what p is of the student's::
 

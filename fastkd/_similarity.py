@@ -1,0 +1,124 @@
+r"""Losses of similarities between all pairs of rows, some rows of both N x N matrices at a time.
+
+Of a loss that is a function of the products c_ij = x_i . x_j, with M_ij = d loss / d c_ij, the gradient is (M + M') X.
+For ``pkt_loss``, with x the unit rows, r_ij = q_ij / (p_ij + eps) and z_i the sum of a row of 1 + c::
+
+    M_ij = (sum_k r_ik p_ik - r_ij) / z_i
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ._distances import ELEMENTS
+from ._features import Features, Result, kept, result_dtype
+from ._gram import pairs_of_some
+from ._products import Products
+from ._unit_rows import through_unit_rows, unit_rows
+from ._widen import widen
+
+Compare = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor | None]]
+
+
+def pkt_loss(
+    products: Products,
+    compare: Compare,
+    student: Features,
+    teacher: Features,
+    gradient: bool,
+    *,
+    eps: float,
+    reduction: str,
+) -> Result:
+    """``compare``: cosines of some rows of both sides, eps, gradient -> the sum of the terms, and their M if wanted."""
+    (units, lengths), taught = unit_rows(widen(student.tensor)), wide_unit_rows(teacher)
+    total, slope = units.new_zeros(()), torch.zeros_like(units)
+    for rows in _strips(units):
+        cosines, of_teacher = (pairs_of_some(products, x, rows) for x in (units, taught))
+        some, slopes = compare(cosines, of_teacher, eps, gradient)
+        total += some
+        if slopes is not None:
+            if len(slopes) == len(units):
+                slope = products.times(slopes + slopes.T, units)
+            else:
+                products.times(slopes, units, slope[rows])
+                products.times(slopes.T, units[rows], slope)
+    terms = 1 if reduction == "sum" else max(1, len(units)) ** 2
+    dtype = result_dtype(student, teacher)
+    return (total / terms).to(dtype), (through_unit_rows(slope, units, lengths) / terms).to(dtype) if gradient else None
+
+
+@kept
+def wide_unit_rows(features: Tensor) -> Tensor:
+    return unit_rows(widen(features))[0]
+
+
+def _strips(rows: Tensor) -> Iterator[slice]:
+    count = max(1, ELEMENTS // max(1, len(rows)))
+    return (slice(start, min(start + count, len(rows))) for start in range(0, len(rows), count))
+
+
+def correlation_congruence_loss(
+    products: Products,
+    student: Features,
+    teacher: Features,
+    gradient: bool,
+    *,
+    form: str,
+    gamma: float,
+    order: float,
+    normalize_rows: float,
+    reduction: str,
+) -> Result:
+    s, t = widen(student.tensor), widen(teacher.tensor)
+    lengths = None
+    if normalize_rows:
+        (s, lengths), t = unit_rows(s), wide_unit_rows(teacher)
+    if form == "taylor":
+        total, slope = _taylor(products, s, t, gradient, gamma, int(order))
+        terms = len(s) ** 2
+    else:
+        total, slope = _neighbours(s, t, gradient)
+        terms = len(s) - 1
+    scale = 1.0 if reduction == "sum" else 1.0 / max(1, terms)
+    dtype = result_dtype(student, teacher)
+    if slope is None:
+        return (total * scale).to(dtype), None
+    slope = slope if lengths is None else through_unit_rows(slope, s, lengths)
+    return (total * scale).to(dtype), (slope * scale).to(dtype)
+
+
+def _taylor(products: Products, s: Tensor, t: Tensor, gradient: bool, gamma: float, order: int) -> Result:
+    total, slope = s.new_zeros(()), torch.empty_like(s)
+    for rows in _strips(s):
+        kernel, derivative = _kernel(pairs_of_some(products, s, rows), gamma, order)
+        difference = kernel.sub_(_kernel(pairs_of_some(products, t, rows), gamma, order)[0])
+        total += difference.square().sum()
+        if gradient:
+            slope[rows] = products.times(derivative.mul_(difference), s)
+    return total, slope.mul_(4) if gradient else None
+
+
+def _kernel(pairs: Tensor, gamma: float, order: int) -> tuple[Tensor, Tensor]:
+    """k and its derivative, by Horner's rule."""
+    value, derivative = torch.zeros_like(pairs), torch.zeros_like(pairs)
+    for p in range(order, -1, -1):
+        derivative = derivative.mul_(pairs).add_(value)
+        value = value.mul_(pairs).add_(math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p))
+    return value, derivative
+
+
+def _neighbours(s: Tensor, t: Tensor, gradient: bool) -> Result:
+    gaps = s - t
+    sizes = gaps.abs()
+    total = (sizes[:-1] * sizes[1:]).sum()
+    if not gradient:
+        return total, None
+    weights = torch.zeros_like(sizes)
+    weights[:-1] += sizes[1:]
+    weights[1:] += sizes[:-1]
+    return total, weights * gaps.sign()

@@ -77,9 +77,22 @@ def test_without_a_gradient(name: str) -> None:
 def test_no_second_derivative(name: str) -> None:
     loss, (student, teacher) = LOSSES[name], problem(name)
     leaf = student.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(loss(leaf, teacher), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="second derivative"):
-        grad.sum().backward()
+    value = loss(leaf, teacher)
+    (grad,) = torch.autograd.grad(value, leaf, create_graph=True)
+    for differentiate in (lambda x: x.backward(retain_graph=True), lambda x: torch.autograd.grad(x, leaf)):
+        with pytest.raises(RuntimeError, match="second derivative"):
+            differentiate(value + grad.square().sum())
+
+
+def test_features_may_change_after_the_loss() -> None:
+    """By an activation in place, for example: the gradient is there already."""
+    leaf = flat(4, 3).requires_grad_()
+    features = 2 * leaf
+    loss = fastkd.hint_loss(features, torch.zeros(4, 3))
+    features.relu_()
+    loss /= 2
+    loss.backward()
+    torch.testing.assert_close(leaf.grad, 2 * 2 * 2 * leaf.detach() / 12 / 2)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -191,6 +191,8 @@ def test_second_derivatives_raise(impl: str, reduction: str, tensors: Tensors) -
     for grad in grads:
         with pytest.raises(RuntimeError, match="its losses have no second derivative"):
             (grad.square().sum() + leaves[0].sum()).backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="its losses have no second derivative"):
+            torch.autograd.grad(loss + grad.square().sum(), leaves[1], retain_graph=True)
 
 
 def test_functional_transforms_raise(impl: str, tensors: Tensors) -> None:

@@ -238,7 +238,9 @@ def test_second_derivatives_raise(impl: str, problem: tuple[Tensor, Tensor, Tens
     loss = fastkd.kd_loss(leaf, teacher, impl=impl)
     (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="its losses have no second derivative"):
-        (grad.square().sum() + leaf.sum()).backward()
+        (grad.square().sum() + leaf.sum()).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="its losses have no second derivative"):
+        torch.autograd.grad(loss + grad.square().sum(), leaf)
 
 
 @pytest.mark.filterwarnings(

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from .._attention import AttentionRows
+from ._logit_autograd import NoSecondDerivative
 
-NO_SECOND_DERIVATIVE = "fastkd: the attention losses have no second derivative"
 MASKS = ("key_mask", "query_mask")
 CONSTANTS = ("teacher_queries", "teacher_keys", *MASKS)
 
@@ -56,7 +56,8 @@ class AttentionLoss(torch.autograd.Function):
             return (*_gradients(ctx, grad_loss), None)
         with torch.no_grad():
             gradients = _gradients(ctx, grad_loss)
-        of_queries, of_keys = (x if x is None else NoSecondDerivative.apply(x.requires_grad_()) for x in gradients)
+        of = ctx.saved_tensors[:2]
+        of_queries, of_keys = (x if x is None else NoSecondDerivative.apply(x, *of) for x in gradients)
         return of_queries, of_keys, None
 
 
@@ -92,15 +93,3 @@ def _gradients(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | Non
     gradients: tuple[Tensor | None, Tensor | None]
     gradients = pending.implementation.backward(rows, pending.state, pending.scale, grad_loss.resolve_neg(), wanted)
     return gradients
-
-
-class NoSecondDerivative(torch.autograd.Function):
-    """Raises where a gradient is differentiated: as a constant it would be dropped from a gradient penalty silently."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Tensor:
-        raise RuntimeError(NO_SECOND_DERIVATIVE)

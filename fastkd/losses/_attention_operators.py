@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import _dispatch
 from .._attention import STATE_WIDTH, AttentionRows
-from ._attention_autograd import NO_SECOND_DERIVATIVE, laid
+from ._attention_autograd import laid
+from ._logit_autograd import NO_SECOND_DERIVATIVE
 
 # The fields of AttentionRows. Without keys they are the queries.
 PROBLEM = """

@@ -81,7 +81,8 @@ class ChunkedLoss(torch.autograd.Function):
         with torch.no_grad(), torch.autocast(call.chunks.device.type, enabled=False):
             gradients = _gradients(ctx, call, grad_loss.resolve_neg())
         if torch.is_grad_enabled():
-            gradients = [x if x is None else NoSecondDerivative.apply(x.requires_grad_()) for x in gradients]
+            of = [x for x in ctx.saved_tensors if x.requires_grad]
+            gradients = [x if x is None else NoSecondDerivative.apply(x, *of) for x in gradients]
         return None, None, *gradients, *teachers
 
 

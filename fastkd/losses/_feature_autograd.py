@@ -49,7 +49,8 @@ def loss_of(
     _batch.check_group(op, group)
     if torch.compiler.is_compiling():
         return _traced(op, impl, student, teacher, options, group)
-    loss: Tensor = LossNode.apply(student, teacher, options, op, impl, group)
+    loss: Tensor
+    loss, _ = LossNode.apply(student, teacher, options, op, impl, group)
     return loss
 
 
@@ -57,23 +58,25 @@ class LossNode(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, teacher: Features, options: Options, op: str, impl: str | None, group: Group
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and nothing: an output that says what the gradient is a function of, without the student."""
         loss, gradient = compute(op, impl, Features(student), teacher, ctx.needs_input_grad[0], options, group)
+        origin = loss.new_empty(0)
         if gradient is not None:
-            ctx.save_for_backward(gradient)
+            ctx.save_for_backward(gradient, origin)
         ctx.dtype = student.dtype
         ctx.set_materialize_grads(False)
-        return loss
+        return loss, origin
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, None, None, None, None, None]:
+    def backward(ctx: Any, grad_loss: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None, None, None]:
         if grad_loss is None:
             return None, None, None, None, None, None
+        gradient, origin = ctx.saved_tensors
         with torch.no_grad():
-            (gradient,) = ctx.saved_tensors
             grad = (gradient * grad_loss).to(ctx.dtype)
         if torch.is_grad_enabled():
-            grad = NoSecondDerivative.apply(grad.requires_grad_())
+            grad = NoSecondDerivative.apply(grad, origin)
         return grad, None, None, None, None, None
 
 

@@ -74,9 +74,10 @@ class LogitLoss(torch.autograd.Function):
             return None, None, None
         if not torch.is_grad_enabled():
             return _gradient(ctx, grad_loss), None, None
+        student = ctx.saved_tensors[0]
         with torch.no_grad():
             grad = _gradient(ctx, grad_loss)
-        return NoSecondDerivative.apply(grad.requires_grad_()), None, None
+        return NoSecondDerivative.apply(grad, student), None, None
 
 
 def lay(rows: LogitRows, student: Tensor, teachers: Iterable[Tensor], dim: int) -> None:
@@ -105,12 +106,15 @@ def _gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
 
 
 class NoSecondDerivative(torch.autograd.Function):
-    """Raises where a gradient is differentiated: as a constant it would be dropped from a gradient penalty silently."""
+    """Raises where a gradient is differentiated: as a constant it would be dropped from a gradient penalty silently.
+
+    So would it where nothing leads from it to what it is a function of: ``torch.autograd.grad`` goes only there.
+    """
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, *of: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Tensor:
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError(NO_SECOND_DERIVATIVE)

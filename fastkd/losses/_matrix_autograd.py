@@ -51,14 +51,14 @@ class PairMatrix(torch.autograd.Function):
         x, y, matrix = ctx.saved_tensors
         with torch.no_grad():
             of_x, of_y = _gradients(grad.detach(), matrix.detach(), x.detach(), y, *ctx.call)
-        slopes = [None if slope is None else _rounded(slope, z) for slope, z in ((of_x, x), (of_y, y))]
+        slopes = [None if slope is None else _rounded(slope, z, x, y) for slope, z in ((of_x, x), (of_y, y))]
         mine, others = (slope if wanted else None for slope, wanted in zip(slopes, ctx.needs_input_grad, strict=False))
         return mine, others, None, None, None
 
 
-def _rounded(slope: Tensor, x: Tensor) -> Tensor:
-    slope = slope.to(x.dtype)
-    return NoSecondDerivative.apply(slope.requires_grad_()) if torch.is_grad_enabled() else slope
+def _rounded(slope: Tensor, like: Tensor, x: Tensor, y: Tensor | None) -> Tensor:
+    slope = slope.to(like.dtype)
+    return NoSecondDerivative.apply(slope, x, y) if torch.is_grad_enabled() else slope
 
 
 def _forward(x: Tensor, y: Tensor | None, squared: bool, op: str, impl: str | None) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +33,26 @@ class Features:
         self.kept = {} if kept is None else kept
         self.version = version  # the tensor's own, where it could change while the features are in use
 
+    @property
+    def modified(self) -> bool:
+        return self.version is not None and self.tensor._version != self.version
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Of a copy, the tensor counts its changes anew."""
+        return _copied, (self.tensor, self.kept, self.modified)
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(shape={tuple(self.tensor.shape)}, kept={sorted(self.kept)})"
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """None for a tensor of inference mode, which counts no changes."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _copied(tensor: Tensor, kept: dict[str, Tensor], modified: bool) -> Features:
+    version = version_of(tensor)
+    return Features(tensor, kept, -1 if modified and version is not None else version)
 
 
 def keep(features: Features, name: str, compute: Callable[[], Tensor]) -> Tensor:

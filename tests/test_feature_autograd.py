@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -173,6 +175,37 @@ def test_a_prepared_teacher(name: str) -> None:
     taught.tensor.add_(1)
     with pytest.raises(RuntimeError, match="modified in place after prepare_teacher"):
         LOSSES[name](problem(name)[0], taught)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_teacher_that_was_prepared_in_inference_mode(name: str) -> None:
+    """As teachers are mostly run; the student is not."""
+    student, teacher = problem(name)
+    with torch.inference_mode():
+        taught = fastkd.prepare_teacher(teacher.clone())
+        inside = LOSSES[name](student, taught)
+    value, grad = call(LOSSES[name], student, taught)
+    torch.testing.assert_close((value, grad), call(LOSSES[name], student, teacher))
+    torch.testing.assert_close(inside, value)
+
+
+@pytest.mark.parametrize("changes", [0, 1, 3])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda taught: pickle.loads(pickle.dumps(taught))])
+def test_a_copy_of_a_prepared_teacher(copied: Callable[[Any], Any], changes: int) -> None:
+    student, teacher = problem("cka")
+    for _ in range(changes):
+        teacher.mul_(1)
+    taught = fastkd.prepare_teacher(teacher)
+    want = fastkd.cka_loss(student, taught)
+    again = copied(taught)
+    assert list(again.kept) == list(taught.kept)
+    assert torch.equal(fastkd.cka_loss(student, again), want)
+    with torch.inference_mode():
+        assert torch.equal(fastkd.cka_loss(student, copied(fastkd.prepare_teacher(teacher.clone()))), want)
+    again.tensor.add_(1)
+    for modified in (again, copied(again)):
+        with pytest.raises(RuntimeError, match="modified in place after prepare_teacher"):
+            fastkd.cka_loss(student, modified)
 
 
 def test_what_is_kept_is_computed_once() -> None:

@@ -20,7 +20,7 @@ def features(op: str, student: Any, teacher: Any) -> tuple[Tensor, Features]:
     if not isinstance(teacher, Features):
         _checks.floats(op, "teacher", teacher)
         teacher = Features(teacher)
-    elif not torch.compiler.is_compiling() and teacher.version not in (None, teacher.tensor._version):
+    elif not torch.compiler.is_compiling() and teacher.modified:
         raise RuntimeError(f"{op}: {MODIFIED}")
     _checks.same_device(op, "teacher", teacher.tensor, student)
     return student, teacher

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._features import Features
+from .._features import Features, version_of
 from . import _feature_arguments
 from ._feature_arguments import REDUCTIONS
 from ._feature_autograd import loss_of
@@ -161,5 +161,4 @@ def prepare_teacher(teacher: Tensor) -> Features:
         tensor(0.5000)
     """
     _checks.floats("prepare_teacher", "teacher", teacher)
-    can_change = not torch.compiler.is_compiling() and not teacher.is_inference()
-    return Features(teacher, version=teacher._version if can_change else None)
+    return Features(teacher, version=None if torch.compiler.is_compiling() else version_of(teacher))

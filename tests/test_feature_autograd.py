@@ -113,6 +113,8 @@ def test_strides(name: str) -> None:
     want = call(loss, student, teacher)
     for layout in (lambda x: x.mT.contiguous().mT, lambda x: torch.stack([x, x], -1)[..., 0]):
         torch.testing.assert_close(call(loss, layout(student), layout(teacher)), want)
+    lazily = torch._neg_view(student), torch._neg_view(teacher)
+    torch.testing.assert_close(call(loss, *lazily), call(loss, -student, -teacher))
     row = student[:1].expand(student.shape)
     torch.testing.assert_close(call(loss, row, teacher), call(loss, row.contiguous(), teacher))
 

@@ -38,7 +38,8 @@ def _attention(x: Tensor, p: float) -> Tensor:
 
 
 def _laid_out(x: Tensor) -> tuple[Tensor, tuple[int, int, int, int, int, bool]]:
-    """Samples one after the other, with their channels first or last."""
+    """Samples one after the other, with their channels first or last, and no sign that is yet to be changed."""
+    x = x.resolve_neg()
     last = not x.is_contiguous() and x.ndim in LAST and x.is_contiguous(memory_format=LAST[x.ndim])
     x = x if last else x.contiguous()
     positions = x.shape[2:].numel()

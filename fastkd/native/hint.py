@@ -24,7 +24,7 @@ def hint_loss(
     mask: Tensor | None = None,
 ) -> Result:
     # A permuted layout that both share need not be copied, but a mask would have to be laid out like it.
-    s, t = student.tensor.contiguous(), teacher.tensor.contiguous()
+    s, t = (side.tensor.resolve_neg().contiguous() for side in (student, teacher))
     by_row = distance == "cosine"
     shape, width = (s.shape[:-1], s.shape[-1]) if by_row else (s.shape, 1)
     rows = count = shape.numel()

@@ -51,6 +51,15 @@ def test_value_and_gradient(impl: str, distance: str, shape: tuple[int, ...]) ->
 
 
 @pytest.mark.parametrize("distance", ["mse", "l1", "huber"])
+def test_one_number(impl: str, distance: str) -> None:
+    value, grad = call(fastkd.hint_loss, torch.tensor(1.5), torch.tensor(-1.0), distance=distance, impl=impl)
+    want, slopes = call(fastkd.hint_loss, torch.tensor([1.5]), torch.tensor([-1.0]), distance=distance, impl=impl)
+    assert value == want > 0
+    assert grad.shape == ()
+    assert grad == slopes[0] > 0
+
+
+@pytest.mark.parametrize("distance", ["mse", "l1", "huber"])
 def test_no_elements(impl: str, distance: str) -> None:
     value, grad = call(fastkd.hint_loss, torch.zeros(3, 0), torch.zeros(3, 0), distance=distance, impl=impl)
     assert value == 0

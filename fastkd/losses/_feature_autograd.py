@@ -92,14 +92,14 @@ def compute(
     others = [teacher.tensor, *(value for value in options.values() if isinstance(value, Tensor))]
     floats = [tensor for tensor in others if tensor.is_floating_point()]
     implementation = getattr(_dispatch.pick(op, impl, student.tensor, floats), op)
-    rows, first = student.tensor.shape[0], 0
+    own = student.tensor
     if group is not None:
-        whole, teacher, first = _batch.gather(op, student.tensor, teacher.tensor, group)
+        whole, teacher, first = _batch.gather(op, own, teacher.tensor, group)
         student = Features(whole)
     with torch.autocast(student.tensor.device.type, enabled=False):  # its matrix products would round the features
         loss, slope = implementation(student, teacher, gradient, **options)
     if group is not None and slope is not None:
-        slope = slope[first : first + rows] * dist.get_world_size(group)
+        slope = slope[first : first + len(own)] * dist.get_world_size(group)
     return loss, slope
 
 

@@ -70,7 +70,7 @@ def cka_loss(products: Products, student: Features, teacher: Features, gradient:
         own_length, other_length = _length(own), _length(other)
     else:
         own, mixed = products.inner(s, s), products.inner(t, s)
-        other = keep(teacher, f"{name}: products", lambda: products.inner(t, t))
+        other = keep(teacher, f"{name}: products, {dtype}", lambda: products.inner(t, t))
         cross, own_length, other_length = mixed.square().sum(), _length(own), _length(other)
     lengths = own_length * other_length
     constant = lengths == 0
@@ -116,7 +116,7 @@ def _squares(
         loss = scale * difference.square().sum(dtype=wide_dtype(s))
         return loss.to(s.dtype), products.times(difference.mul_(4 * scale), s) if gradient else None
     own, cross = products.inner(s, s), products.inner(t, s)
-    other = keep(teacher, f"{name}: products", lambda: products.inner(t, t))
+    other = keep(teacher, f"{name}: products, {s.dtype}", lambda: products.inner(t, t))
     loss = scale * (own.square().sum() - 2 * cross.square().sum() + other.square().sum())
     slope = None
     if gradient:

@@ -210,6 +210,17 @@ def test_a_copy_of_a_prepared_teacher(copied: Callable[[Any], Any], changes: int
             fastkd.cka_loss(student, modified)
 
 
+@pytest.mark.parametrize("name", ["gram", "cosine relation", "similarity", "cka", "attention", "nst"])
+@pytest.mark.parametrize("width", [2, 12])
+def test_what_is_kept_has_the_digits_of_the_loss(name: str, width: int) -> None:
+    """A student of float64 gets them from a teacher that one of float32 met before, too."""
+    student, teacher = (x.flatten(2)[..., :width] if name in MAPS else x[:, :width] for x in problem(name))
+    taught = fastkd.prepare_teacher(teacher)
+    LOSSES[name](student, taught)
+    got = call(LOSSES[name], student.double(), taught)
+    torch.testing.assert_close(got, call(LOSSES[name], student.double(), teacher), rtol=1e-13, atol=1e-15)
+
+
 def test_what_is_kept_is_computed_once() -> None:
     rows = [name for name in ROWS if name in ("gram", "cosine relation", "similarity", "cka")]
     for name in [*rows, "attention", "nst"]:

@@ -39,7 +39,7 @@ def _by_positions(s: Tensor, t: Tensor, teacher: Features, gradient: bool, scale
 def _by_channels(s: Tensor, t: Tensor, teacher: Features, gradient: bool, scale: float) -> Result:
     own, other = _weights(s, t)
     among_own, across = own * _products(s, s), other * _products(s, t)
-    among_other = keep(teacher, "nst: channels", lambda: other * _products(t, t))
+    among_other = keep(teacher, f"nst: channels, {s.dtype}", lambda: other * _products(t, t))
     crossed = (own / other) * across.square().sum()
     loss = (scale * (among_own.square().sum() - 2 * crossed + among_other.square().sum())).clamp(min=0)
     slope = None

@@ -108,7 +108,8 @@ def _kernel(pairs: Tensor, gamma: float, order: int) -> tuple[Tensor, Tensor]:
     value, derivative = torch.zeros_like(pairs), torch.zeros_like(pairs)
     for p in range(order, -1, -1):
         derivative = derivative.mul_(pairs).add_(value)
-        value = value.mul_(pairs).add_(math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p))
+        # The logarithm, because (2 gamma)^p and p! may be larger than any float.
+        value = value.mul_(pairs).add_(math.exp(p * math.log(2 * gamma) - 2 * gamma - math.lgamma(p + 1)))
     return value, derivative
 
 

@@ -50,7 +50,7 @@ def naive_taylor(
 ) -> Tensor:
     def kernel(x: Tensor) -> Tensor:
         x = unit(x) if normalize_rows else x
-        powers = [(2 * gamma) ** p * (x @ x.T) ** p / math.factorial(p) for p in range(order + 1)]
+        powers = [(2 * gamma) ** p * (x @ x.T) ** p / float(math.factorial(p)) for p in range(order + 1)]
         return math.exp(-2 * gamma) * sum(powers)
 
     return reduce((kernel(student) - kernel(teacher)).square(), reduction)
@@ -90,6 +90,7 @@ OPTIONS = [
     (correlation_congruence_loss, naive_taylor, {"order": 1, "gamma": 1.5}),
     (correlation_congruence_loss, naive_taylor, {"order": 5, "reduction": "sum"}),
     (correlation_congruence_loss, naive_taylor, {"normalize_rows": True}),
+    (correlation_congruence_loss, naive_taylor, {"normalize_rows": True, "gamma": 2.0, "order": 32}),
     (neighbours, naive_neighbours, {"normalize_rows": True}),
     (neighbours, naive_neighbours, {"reduction": "sum"}),
 ]
@@ -113,6 +114,15 @@ def test_adversarial(impl: str, loss: Loss, naive: Loss, problem: str) -> None:
     assert value.isfinite()
     assert grad.isfinite().all()
     judge(loss, naive, student, teacher, impl=impl)
+
+
+@pytest.mark.parametrize("gamma", [1e-38, 300.0, 1e38])
+def test_kernels_that_are_nearly_constant(impl: str, gamma: float) -> None:
+    """Whatever overflows in the formula on the way."""
+    options = {"normalize_rows": True, "gamma": gamma, "order": 32}
+    value, grad = call(correlation_congruence_loss, flat(5, 3), flat(5, 3, 1), impl=impl, **options)
+    assert 0 <= value < 1e-30
+    assert grad.abs().max() < 1e-30
 
 
 def test_opposite_rows(impl: str) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from .._features import Features, Result, result_dtype
@@ -55,8 +56,10 @@ def correlation_congruence_loss(
 
     def kernel(x: Tensor) -> Tensor:
         x = unit_rows(x) if normalize_rows else x
-        powers = [(2 * gamma * (x @ x.T)) ** p / math.factorial(p) for p in range(int(order) + 1)]
-        return math.exp(-2 * gamma) * sum(powers, 0 * powers[0])
+        products = x @ x.T
+        # exp(-2 gamma) (2 gamma)^p / p!, of which neither power nor factorial has to be a float
+        weights = [math.exp(p * math.log(2 * gamma) - 2 * gamma - math.lgamma(p + 1)) for p in range(int(order) + 1)]
+        return sum((weight * products**p for p, weight in enumerate(weights)), torch.zeros_like(products))
 
     def formula(s: Tensor) -> Tensor:
         if form == "taylor":

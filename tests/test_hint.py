@@ -130,6 +130,18 @@ def test_mask(impl: str, distance: str, mask: str, reduction: str) -> None:
     assert (grad[~everywhere] == 0).all()
 
 
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_teacher_and_mask_of_inference_mode(impl: str, distance: str) -> None:
+    student, teacher, mask = flat(9, 5), flat(9, 5, 1), torch.arange(9)[:, None] % 3 > 0
+    with torch.inference_mode():
+        inside, inside_mask = teacher.clone(), mask.clone()
+    for options, others in (({}, {}), ({"mask": inside_mask}, {"mask": mask})):
+        got = call(fastkd.hint_loss, student, inside, distance=distance, impl=impl, **options)
+        want = call(fastkd.hint_loss, student, teacher, distance=distance, impl=impl, **others)
+        assert torch.equal(got[0], want[0])
+        assert torch.equal(got[1], want[1])
+
+
 @pytest.mark.parametrize("distance", ["mse", "l1", "huber"])
 def test_mask_of_several_tiles(impl: str, distance: str) -> None:
     student, teacher, mask = flat(70, 300), flat(70, 300, 1), flat(70, 300, 2) > 0.2

@@ -38,13 +38,15 @@ def hint_loss(
 ) -> Result:
     dtype = result_dtype(student, teacher)
     taught = teacher.tensor.to(dtype)
+    if mask is not None and mask.is_inference():
+        mask = mask.clone()  # autograd saves no tensor of that mode
     by_row = distance == "cosine"
 
     def formula(s: Tensor) -> Tensor:
         t = taught
         if mask is not None:  # before anything is computed of what does not count
             s, t = torch.where(mask, s, 0), torch.where(mask, t, 0)
-        each = _cosine(s, t) if by_row else _POINTWISE[distance](s, t, delta)
+        each = _cosine(s, t) if by_row else _of_difference(s - t, distance, delta)
         count = torch.full((), each.numel(), dtype=dtype, device=each.device)
         if mask is not None:
             counts = mask.expand(*each.shape, 1).squeeze(-1) if by_row else mask.expand(each.shape)
@@ -54,19 +56,12 @@ def hint_loss(
     return value_and_gradient(formula, student.tensor.to(dtype), gradient)
 
 
-def _mse(s: Tensor, t: Tensor, delta: float) -> Tensor:
-    return F.mse_loss(s, t, reduction="none")
-
-
-def _l1(s: Tensor, t: Tensor, delta: float) -> Tensor:
-    return F.l1_loss(s, t, reduction="none")
-
-
-def _huber(s: Tensor, t: Tensor, delta: float) -> Tensor:
-    return F.huber_loss(s, t, delta=delta, reduction="none")
-
-
-_POINTWISE = {"mse": _mse, "l1": _l1, "huber": _huber}
+def _of_difference(d: Tensor, distance: str, delta: float) -> Tensor:
+    if distance == "mse":
+        return d.square()
+    if distance == "l1":
+        return d.abs()
+    return F.huber_loss(d, torch.zeros_like(d), delta=delta, reduction="none")
 
 
 def _cosine(s: Tensor, t: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def same_device(op: str, argument: str, value: Any, student: Tensor) -> None:
 
 
 def choice(op: str, argument: str, value: Any, names: Sequence[str]) -> None:
-    if value not in names:
+    if not isinstance(value, str) or value not in names:
         bad_value(op, argument, f"be one of {', '.join(names)}", repr(value))
 
 

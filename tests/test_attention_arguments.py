@@ -120,6 +120,7 @@ REFUSED: dict[str, tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]]
         (Q, K, *P),
         {"teacher_scale": 1e39},
     ),
+    "causal_type": (TypeError, "causal must be a bool, got str", (Q, K, *P), {"causal": "no"}),
     "scale_type": (TypeError, "scale must be a number, got str", (Q, K, *P), {"scale": "1"}),
     "reduction": (
         ValueError,
@@ -143,6 +144,8 @@ MINILM_REFUSED: dict[str, tuple[type[Exception], str, tuple[Any, ...], dict[str,
     "none": (ValueError, "teacher must have a tensor, got none", (X, []), {}),
     "count": (ValueError, "teacher must have as many tensors as the student, 3, got 2", (X, X[:2]), {}),
     "weights": (ValueError, "weights must have one number for each relation, 3, got 1", (X, X), {"weights": [1.0]}),
+    "weights_type": (TypeError, "weights must be a sequence of numbers, got float", (X, X), {"weights": 1.0}),
+    "no_heads": (TypeError, "relation_heads must be an integer, got NoneType", (X, X), {"relation_heads": None}),
     "weight": (ValueError, "weights must be finite, got nan", (X, X), {"weights": [1.0, float("nan"), 1.0]}),
     "split": (
         ValueError,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -89,6 +90,11 @@ CASES: list[tuple[Callable[..., Any], str, str]] = [
         partial(fastkd.hint_loss, X[0, 0], X[0, 0], distance="cosine"),
         "hint_loss",
         'student must have a dimension for distance="cosine", got a 0-dim tensor',
+    ),
+    (
+        partial(fastkd.gram_loss, X, X, reduction=numpy.array([1])),
+        "gram_loss",
+        "reduction must be one of mean, sum, got array([1])",
     ),
     (partial(fastkd.hint_loss, X, X, delta=0), "hint_loss", "delta must be positive and finite in float32, got 0.0"),
     (

@@ -92,6 +92,10 @@ def test_every_loss_is_a_module(loss: Any) -> None:
     taught = fastkd.prepare_teacher(teacher)
     assert torch.equal(criterion(student, taught), loss(student, teacher, impl="reference"))
     assert repr(criterion) == f"FeatureLoss({loss.__name__}, impl='reference')"
+    with pytest.raises(TypeError, match=r"^FeatureLoss: loss must be a function or a module, got str$"):
+        fastkd.FeatureLoss(loss.__name__)
+    with pytest.raises(TypeError, match=r"^FeatureLoss: adapter must be a function or a module, got str$"):
+        fastkd.FeatureLoss(loss, adapter="linear")
     rule = f"^FeatureLoss: temperature must be a keyword argument of {loss.__name__}, got temperature$"
     with pytest.raises(TypeError, match=rule):
         fastkd.FeatureLoss(loss, temperature=2.0)

@@ -86,6 +86,8 @@ class Scores:
         _checks.choice(self.op, "reduction", reduction, REDUCTIONS)
         batch, _, length, _ = self.queries.shape
         keys = self.keys.shape[2]
+        if not isinstance(causal, bool):
+            _checks.bad_type(self.op, "causal", "be a bool", type(causal).__name__)
         if causal and length != keys:
             _checks.bad_value(self.op, "causal", f"be False unless there are as many queries as keys, {keys}", length)
         divisor = {"mean": None, "batchmean": batch}.get(reduction, 1)
@@ -96,7 +98,7 @@ class Scores:
             teacher_keys=self.teacher_keys,
             key_mask=self._mask("key_mask", key_mask, batch, keys),
             query_mask=self._mask("query_mask", query_mask, batch, length),
-            causal=bool(causal),
+            causal=causal,
             scale=self._scale("scale", scale, self.queries),
             teacher_scale=self._scale("teacher_scale", teacher_scale, self.teacher_queries),
             divisor=divisor,

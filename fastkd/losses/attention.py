@@ -175,6 +175,7 @@ def minilm_loss(
         True
     """
     op = "minilm_loss"
+    _checks.count(op, "relation_heads", relation_heads)
     for name, tensors in (("student", student), ("teacher", teacher)):
         if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
             _checks.bad_type(op, name, "be a sequence of tensors", type(tensors).__name__)
@@ -184,6 +185,8 @@ def minilm_loss(
         _checks.bad_value(op, "teacher", f"have as many tensors as the student, {len(student)}", len(teacher))
     if weights is None:
         weights = (1.0,) * len(student)
+    if not isinstance(weights, Sequence) or isinstance(weights, str):
+        _checks.bad_type(op, "weights", "be a sequence of numbers", type(weights).__name__)
     if len(weights) != len(student):
         _checks.bad_value(op, "weights", f"have one number for each relation, {len(student)}", len(weights))
     numbers = [_checks.finite(op, "weights", weight) for weight in weights]

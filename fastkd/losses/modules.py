@@ -92,7 +92,7 @@ class FeatureLoss(torch.nn.Module):
         options: Keyword arguments of ``loss``; a call may replace some.
 
     Raises:
-        TypeError: ``loss`` does not take an option.
+        TypeError: ``loss`` or ``adapter`` is no function, or ``loss`` does not take an option.
 
     Example:
         >>> from fastkd import gram_loss
@@ -107,6 +107,9 @@ class FeatureLoss(torch.nn.Module):
         self, loss: Callable[..., Tensor], *, adapter: Callable[[Tensor], Tensor] | None = None, **options: Any
     ) -> None:
         super().__init__()
+        for argument, function in (("loss", loss), ("adapter", adapter)):
+            if not callable(function) and not (function is None and argument == "adapter"):
+                _checks.bad_type("FeatureLoss", argument, "be a function or a module", type(function).__name__)
         name = getattr(loss, "__name__", type(loss).__name__)
         known = inspect.signature(loss).parameters.values()
         if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known):

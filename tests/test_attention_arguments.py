@@ -211,3 +211,13 @@ def test_modules_hold_options() -> None:
         fastkd.AttentionKLLoss(heads=2)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="MiniLMLoss: scale must be a keyword argument of minilm_loss"):
         fastkd.MiniLMLoss(scale=2)  # type: ignore[call-arg]
+
+
+def test_shapes_without_numbers() -> None:
+    q_s, k_s, q_t, k_t = (x.to("meta") for x in PLAIN.tensors())
+    leaf = q_s.requires_grad_()
+    loss = fastkd.attention_kl_loss(leaf, k_s, q_t, k_t)
+    loss.backward()
+    assert loss.is_meta
+    assert leaf.grad is not None
+    assert leaf.grad.shape == q_s.shape

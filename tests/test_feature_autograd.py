@@ -120,6 +120,15 @@ def test_strides(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOSSES)
+def test_shapes_without_numbers(name: str) -> None:
+    student, teacher = (x.to("meta") for x in problem(name))
+    options = {"mask": torch.ones(11, 1, dtype=torch.bool, device="meta")} if name == "masked" else {}
+    value, grad = call(LOSSES[name], student, teacher, **options)
+    assert value.is_meta
+    assert grad.shape == student.shape
+
+
+@pytest.mark.parametrize("name", LOSSES)
 def test_the_same_bits_twice(name: str) -> None:
     loss, (student, teacher) = LOSSES[name], problem(name)
     first, second = call(loss, student, teacher), call(loss, student, teacher)

@@ -221,6 +221,15 @@ def test_only_one_side_needs_a_gradient(by: str, matrix: Matrix, naive: Matrix) 
 
 
 @each
+def test_shapes_without_numbers(by: str, matrix: Matrix, naive: Matrix) -> None:
+    x = flat(5, 3).to("meta").requires_grad_()
+    result = matrix(x, x[:2])
+    result.sum().backward()
+    assert result.is_meta
+    assert result.shape == (5, 2)
+
+
+@each
 def test_no_second_derivative(by: str, matrix: Matrix, naive: Matrix) -> None:
     for y in (None, flat(4, 3, 1)):
         x = flat(5, 3).requires_grad_()

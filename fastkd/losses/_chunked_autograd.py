@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._autocast import without_autocast
 from .._rows import LogitRows
 from ..inputs import Head, TopK
 from ._chunks import Chunks
@@ -62,7 +63,7 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, call: Call, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
         """``tensors``: the student's, then the teachers', for autograd to see."""
         chunks = call.chunks
-        with torch.autocast(chunks.device.type, enabled=False):
+        with without_autocast(chunks.device):
             loss, call.state = chunks.forward(call.wanted, dtype)
         gradients = chunks.release()
         if chunks.rows.reduce and any(call.wanted):
@@ -78,7 +79,7 @@ class ChunkedLoss(torch.autograd.Function):
         teachers = [None] * (len(call.held) - len(call.wanted))
         if grad_loss is None:
             return None, None, *[None] * len(call.wanted), *teachers
-        with torch.no_grad(), torch.autocast(call.chunks.device.type, enabled=False):
+        with torch.no_grad(), without_autocast(call.chunks.device):
             gradients = _gradients(ctx, call, grad_loss.resolve_neg())
         if torch.is_grad_enabled():
             of = [x for x in ctx.saved_tensors if x.requires_grad]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._autocast import without_autocast
 from .._rows import ExpectedTeacher, LogitRows, SparseTeacher
 from ..inputs import Head, TopK
 from ._arrangement import state_columns
@@ -132,7 +133,7 @@ def _three(gradients: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
 @torch.library.impl(LIBRARY, "chunked_forward", "CompositeExplicitAutograd")
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     chunks, spec = _chunks(arguments)
-    with torch.autocast(chunks.device.type, enabled=False):
+    with without_autocast(chunks.device):
         loss, state = chunks.forward(spec["wanted"], _dtype(spec))
     gradients = chunks.release() if chunks.rows.reduce else []
     return loss, state, chunks.outside(), *_three(gradients, loss)
@@ -141,7 +142,7 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
 @torch.library.impl(LIBRARY, "chunked_backward", "CompositeExplicitAutograd")
 def _backward(grad_loss: Tensor, state: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     chunks, spec = _chunks(arguments)
-    with torch.autocast(chunks.device.type, enabled=False):
+    with without_autocast(chunks.device):
         chunks.again(spec["wanted"], state, grad_loss)
     return tuple(_three(chunks.release(), grad_loss))
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import _dispatch
+from .._autocast import without_autocast
 from .._features import Features, Result
 from . import _batch
 from ._logit_autograd import NO_SECOND_DERIVATIVE, NoSecondDerivative
@@ -96,7 +97,7 @@ def compute(
     if group is not None:
         whole, teacher, first = _batch.gather(op, own, teacher.tensor, group)
         student = Features(whole)
-    with torch.autocast(student.tensor.device.type, enabled=False):  # its matrix products would round the features
+    with without_autocast(student.tensor.device):  # its matrix products would round the features
         loss, slope = implementation(student, teacher, gradient, **options)
     if group is not None and slope is not None:
         slope = slope[first : first + len(own)] * dist.get_world_size(group)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch
+from .._autocast import without_autocast
 from .._matrices import result_dtype
 from ._logit_autograd import NO_SECOND_DERIVATIVE, NoSecondDerivative
 
@@ -63,7 +64,7 @@ def _rounded(slope: Tensor, like: Tensor, x: Tensor, y: Tensor | None) -> Tensor
 
 def _forward(x: Tensor, y: Tensor | None, squared: bool, op: str, impl: str | None) -> Tensor:
     implementation = _dispatch.pick(op, impl, x, () if y is None else (y,))
-    with torch.autocast(x.device.type, enabled=False):  # its matrix products would round the rows
+    with without_autocast(x.device):  # its matrix products would round the rows
         matrix: Tensor = implementation.forward(x.detach(), None if y is None else y.detach(), squared)
     return matrix
 
@@ -73,7 +74,7 @@ def _gradients(
 ) -> tuple[Tensor, Tensor | None]:
     implementation = _dispatch.pick(op, impl, x, () if y is None else (y,))
     y = None if y is None else y.detach()
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         slopes: tuple[Tensor, Tensor | None] = implementation.backward(grad, matrix, x, y, squared)
     return slopes
 

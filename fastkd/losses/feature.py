@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks
+from .._autocast import without_autocast
 from .._features import Features
 from . import _feature_arguments
 from ._feature_arguments import REDUCTIONS
@@ -200,6 +201,6 @@ def _pool(maps: Tensor, positions: list[int]) -> Tensor:
     if list(maps.shape[2:]) == positions:
         return maps
     wide = maps if maps.dtype is torch.float64 else maps.float()
-    with torch.autocast(maps.device.type, enabled=False):
+    with without_autocast(maps.device):
         pooled: Tensor = POOLS[maps.ndim - 2](wide, positions)
     return pooled

@@ -29,6 +29,7 @@ from .._attention import (
     TEACHER_MAX,
     AttentionRows,
 )
+from .._autocast import without_autocast
 
 INF = float("inf")
 
@@ -114,7 +115,7 @@ def _clean(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    with torch.autocast(left.device.type, enabled=False):  # in the dtype of the operands
+    with without_autocast(left.device):  # in the dtype of the operands
         return left @ right
 
 

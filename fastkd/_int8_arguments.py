@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -42,6 +43,14 @@ def input_scale(op: str, value: Any, of: Tensor, dtype: torch.dtype) -> Tensor:
     on_device(op, "input_scale", value, of)
     number: Tensor = value.to(dtype).reshape(())
     return number
+
+
+def bad_step(op: str, value: float | None) -> NoReturn:
+    """An ``input_scale`` that cannot divide. NaN is what a layer has that was never calibrated."""
+    rule = "be positive and finite"
+    if value is not None and math.isnan(value):
+        rule += " (a layer with Static() gets its own in `with calibrate(model):`)"
+    bad_value(op, "input_scale", rule, value)
 
 
 def residual(op: str, value: Any, input: Tensor, shape: Sequence[int]) -> None:

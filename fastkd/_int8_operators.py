@@ -57,7 +57,7 @@ def linear(
         >>> from fastkd._int8 import quantize_channels
         >>> weight, scale = quantize_channels(torch.tensor([[1.0, -2.0], [0.5, 0.0]]))
         >>> linear(torch.tensor([[2.0, 1.0]]), weight, scale)
-        tensor([[0.0000, 1.0000]])
+        tensor([[0., 1.]])
     """
     check.weight(LINEAR, weight, 2)
     check.rows(LINEAR, input, weight)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import io
 
 import pytest
+import torch
 from rich.console import Console
 
-from fastkd.demo import int8
+import fastkd
+from fastkd.demo import digits, int8
 from fastkd.demo.settings import DigitsSettings, Settings, TextSettings
 
 TINY = Settings(
@@ -32,3 +35,16 @@ def test_small_networks(monkeypatch: pytest.MonkeyPatch) -> None:
     console = Console(width=160, file=io.StringIO())
     int8.print_rows(console, rows)
     assert "transformer" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_network_is_copied_after_training() -> None:
+    """Without its features, which belong to a graph."""
+    data, model = digits.load(), digits.network((16,), seed=0)
+    for _ in digits.train(model, digits.labels_loss(data), data, torch.arange(40), 2, 20, 1e-2, seed=0):
+        pass
+    assert model.features.grad_fn is not None
+    copied = copy.deepcopy(model.eval())
+    assert torch.equal(copied(data.test), model(data.test))
+    fastkd.int8.quantize_(model)
+    restored = fastkd.int8.dequantize(model)
+    assert digits.accuracy(restored, data) == pytest.approx(digits.accuracy(copied, data), abs=3)

@@ -101,6 +101,7 @@ LINEAR: dict[str, tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] 
     ),
 }
 
+UNKNOWN = "must be positive and finite (a layer with Static() gets its own in `with calibrate(model):`)"
 INPUT_SCALE: dict[str, tuple[type[Exception], str, Any]] = {
     "type": (TypeError, "input_scale must be a tensor of one number, or None, got float", 0.1),
     "dtype": (TypeError, f"input_scale must {FLOATS}, got torch.int64", torch.tensor(1)),
@@ -109,7 +110,7 @@ INPUT_SCALE: dict[str, tuple[type[Exception], str, Any]] = {
     "zero": (ValueError, "input_scale must be positive and finite, got 0.0", torch.tensor(0.0)),
     "negative": (ValueError, "input_scale must be positive and finite, got -1.0", torch.tensor(-1.0)),
     "infinite": (ValueError, "input_scale must be positive and finite, got inf", torch.tensor(torch.inf)),
-    "nan": (ValueError, "input_scale must be positive and finite, got nan", torch.tensor(torch.nan)),
+    "nan": (ValueError, f"input_scale {UNKNOWN}, got nan", torch.tensor(torch.nan)),
 }
 
 CONV2D: dict[str, tuple[type[Exception], str, tuple[Any, ...], dict[str, Any]]] = {

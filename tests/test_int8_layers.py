@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from int8_models import Transformer, ids, rounded, rounded_slices
 from torch import Tensor, nn
 
+from fastkd._int8 import quantize, quantize_channels
 from fastkd.int8 import Dynamic, Int8Conv2d, Int8Embedding, Int8Linear, Static, WeightOnly, quantize_
 
 CONFIGS = [Dynamic(), Static(), WeightOnly()]
@@ -273,8 +274,39 @@ def test_a_scale_that_is_not_known_is_refused() -> None:
     layer = Int8Linear.from_float(nn.Linear(4, 3), Static())
     assert layer.input_scale is not None
     assert layer.input_scale.isnan()
-    with pytest.raises(ValueError, match="int8_linear: input_scale must be positive and finite, got nan"):
+    message = (
+        r"int8_linear: input_scale must be positive and finite \(a layer with Static\(\) gets its own in `with cal"
+    )
+    with pytest.raises(ValueError, match=message):
         layer(torch.zeros(2, 4))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("wrong", [torch.inf, -torch.inf, torch.nan])
+def test_what_is_not_finite_has_no_number(wrong: float) -> None:
+    """int8 has no infinity: it is in the scale, so that no weight of 0 comes of it."""
+    values = torch.tensor([[1.0, wrong, 0.0], [0.5, -1.0, 0.25]])
+    numbers, scale = quantize_channels(values)
+    assert (numbers * scale.unsqueeze(1)).isnan().any(1).tolist() == [True, False]
+    assert (quantize(values, torch.tensor(wrong)) * torch.tensor(wrong)).isnan().all(), "as those of an image on a GPU"
+    layer = nn.Linear(3, 2)
+    layer.weight.data.copy_(values)
+    table = nn.Embedding.from_pretrained(values)
+    assert Int8Linear.from_float(layer)(torch.ones(4, 3)).isnan().any(0).tolist() == [True, False]
+    assert Int8Embedding.from_float(table)(torch.arange(2)).isnan().any(1).tolist() == [True, False]
+    conv = nn.Conv2d(3, 2, 1)
+    conv.weight.data.copy_(values[:, :, None, None])
+    assert Int8Conv2d.from_float(conv)(torch.ones(4, 3, 2, 2)).isnan().any((0, 2, 3)).tolist() == [True, False]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("step", [1e-45, 1e-40, 1e-30])
+def test_a_quotient_that_overflows_takes_the_last_step(step: float) -> None:
+    layer = Int8Linear(torch.ones(1, 3, dtype=torch.int8), torch.ones(1), config=Static())
+    layer.input_scale = torch.tensor(step)
+    values = torch.tensor([[0.0, 3e38, 0.0], [-3e38, 0.0, 0.0], [torch.inf, 0.0, 0.0]])
+    assert torch.equal(layer(values)[:2], torch.tensor([[127.0], [-127.0]]) * torch.tensor(step))
+    assert layer(values)[2].isnan()
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=named)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -178,6 +178,10 @@ class Network(nn.Module):
         sizes = (64, *hidden)
         self.body = nn.Sequential(*(layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())))
         self.head = nn.Linear(sizes[-1], CLASSES)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy gets: not the features, whose graph cannot be copied."""
+        return {name: value for name, value in vars(self).items() if name != "features"}
 
     def forward(self, images: Tensor) -> Tensor:
         self.features = self.body(images)

@@ -119,10 +119,7 @@ def of_text(model: LanguageModel, settings: TextSettings, corpus: Corpus) -> Int
 def compare(
     name: str, network: nn.Module, metric: str, score: Callable[[nn.Module], float], batch: Callable[[int], Tensor]
 ) -> Int8Row:
-    network.eval()
-    with torch.no_grad():
-        network(batch(1))  # features that it keeps belong to no graph now, which could not be copied
-    rounded = copy.deepcopy(network)
+    rounded = copy.deepcopy(network.eval())
     int8.quantize_(rounded)
     reports = {n: int8.report(rounded, network, batch(n), repeat=REPEAT) for n in BATCHES}
     largest = reports[max(BATCHES)]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._int8 import Window, memory_format
 from . import extension
-from .int8_linear import bad_step, layer
+from .int8_linear import layer, refuse
 from .int8_packing import packed
 from .logit import CPU
 
@@ -33,5 +33,5 @@ def forward(
     planes = form is torch.contiguous_format and (height, width, *size) != (1, 1, 1, 1)  # where both forms are one
     images = (batch, height, width, planes, *kernel, *window.stride, *window.padding, *window.dilation)
     if not _C.int8_conv2d(shape, numbers + images):
-        bad_step("int8_conv2d", input_scale)
+        refuse("int8_conv2d", input_scale)
     return output

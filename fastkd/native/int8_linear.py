@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
-from .. import _checks
 from .._int8 import ACTIVATIONS
+from .._int8_arguments import bad_step
 from . import extension
 from .int8_packing import packed
 from .logit import CPU, DTYPES, _nowhere
@@ -32,7 +34,7 @@ def forward(
     numbers = layer(input, panels, scale, bias, input_scale, residual, output, activation)
     strides = (rows, input.stride(0), count if residual is None else residual.stride(0))
     if not _C.int8_linear(shape, numbers + strides):
-        bad_step("int8_linear", input_scale)
+        refuse("int8_linear", input_scale)
     return output
 
 
@@ -61,6 +63,5 @@ def layer(
     )
 
 
-def bad_step(op: str, input_scale: Tensor | None) -> None:
-    got = None if input_scale is None else input_scale.item()
-    _checks.bad_value(op, "input_scale", "be positive and finite", got)
+def refuse(op: str, input_scale: Tensor | None) -> NoReturn:
+    bad_step(op, None if input_scale is None else input_scale.item())

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _checks
 from .._int8 import channel_scales, compute_dtype, quantize
+from .._int8_arguments import bad_step
 
 CHUNK = 1024  # 1024 products of int8 numbers add up to less than 2^24: exact in float32, and in TF32 too
 
@@ -52,7 +52,7 @@ def checked_scale(input_scale: Tensor, op: str) -> Tensor:
     if input_scale.device.type == "cpu":
         value = input_scale.item()
         if not (value > 0 and math.isfinite(value)):
-            _checks.bad_value(op, "input_scale", "be positive and finite", value)
+            bad_step(op, value)
         return input_scale
     return torch.where((input_scale > 0) & input_scale.isfinite(), input_scale, torch.nan)
 

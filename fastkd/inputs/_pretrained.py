@@ -16,6 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import _checks
+from ..int8.configs import WeightOnly
+from ..int8.embedding import Int8Embedding
+from ..int8.layer import Int8Layer
+from ..int8.linear import Int8Linear
 
 OP = "Head.from_model"
 ELSE = "build Head(hidden, weight, bias) yourself"
@@ -91,7 +95,7 @@ def tensors(model: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     if not isinstance(layer, nn.Module):
         _checks.bad_type(OP, "model", f"have an output layer ({ELSE})", type(layer).__name__)
     _check_place(model, layer)
-    hidden, weight, bias = _of_layer(layer, hidden)
+    hidden, weight, bias = of_layer(layer, hidden)
     extra = getattr(model, "final_logits_bias", None)  # Bart's, Marian's
     if isinstance(extra, Tensor):
         extra = extra.reshape(-1)
@@ -166,23 +170,37 @@ def _check_place(model: Any, layer: nn.Module) -> None:
     for parent in parents:
         if hasattr(parent, "get_output_embeddings"):
             continue
-        own = {id(x) for x in layer.parameters()}
-        if any(id(x) not in own for x in parent.parameters()):
+        own = {id(x) for x in _weights(layer)}
+        if any(id(x) not in own for x in _weights(parent)):
             rule = f"turn hidden states into logits by its output layer alone ({ELSE})"
             _refuse(rule, f"a {type(parent).__name__} with other layers")
         _check_place(model, parent)
 
 
-def _of_layer(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _weights(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *(x.weight for x in module.modules() if isinstance(x, Int8Layer))]
+
+
+def of_layer(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     if isinstance(getattr(layer, "modules_to_save", None), nn.ModuleDict):  # peft's, of layers that are trained whole
-        return _of_layer(_trained_whole(layer), hidden)
+        return of_layer(_trained_whole(layer), hidden)
     if hasattr(layer, "base_layer"):
         return _with_lora(layer, hidden)
     # A subclass that computes something else is neither.
-    if not any(isinstance(layer, kind) and type(layer).forward is kind.forward for kind in (nn.Linear, nn.Embedding)):
+    kinds = (nn.Linear, nn.Embedding, Int8Linear, Int8Embedding)
+    if not any(isinstance(layer, kind) and type(layer).forward is kind.forward for kind in kinds):
         rule = f"have a linear layer, or one with LoRA, as its output layer ({ELSE})"
         _checks.bad_type(OP, "model", rule, type(layer).__name__)
     return hidden, layer.weight, getattr(layer, "bias", None)
+
+
+def rounding(layer: Any) -> dict[str, Any]:
+    """What a :class:`Head` has to know of an int8 layer beside its weight and bias."""
+    while isinstance(getattr(layer, "modules_to_save", None), nn.ModuleDict):
+        layer = _trained_whole(layer)
+    if not isinstance(layer, (Int8Linear, Int8Embedding)):
+        return {}
+    return {"weight_scale": layer.scale, "round_input": not isinstance(layer.config, WeightOnly)}
 
 
 def _trained_whole(layer: Any) -> Any:
@@ -199,7 +217,9 @@ def _with_lora(layer: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
     if not all(hasattr(layer, name) for name in ("lora_A", "lora_B", "scaling", "active_adapters")):
         rule = f"have LoRA as the adapter of its output layer ({ELSE}, or merge the adapter)"
         _checks.bad_type(OP, "model", rule, type(layer).__name__)
-    plain, weight, bias = _of_layer(layer.base_layer, hidden)
+    plain, weight, bias = of_layer(layer.base_layer, hidden)
+    if not weight.is_floating_point():
+        _checks.bad_type(OP, "model", "have a float layer under the LoRA of its output layer", weight.dtype)
     merged, disabled = getattr(layer, "merged", False), getattr(layer, "disable_adapters", False)
     if merged and disabled:
         _refuse("have its adapter unmerged before it is disabled", "merged weights")

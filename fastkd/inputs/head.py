@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._int8 import channel_scales, quantize
 from . import _pretrained
 
 PRECISIONS = ("float32",)
+TENSORS = ("input", "weight", "bias", "weight_scale")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +35,11 @@ class Head:
         input: Hidden states ``(..., H)``, of any float dtype.
         weight: ``(V, H)``, as ``torch.nn.Linear`` and ``torch.nn.Embedding`` have it.
         bias: ``(V,)``. -inf masks an id.
+        weight_scale: ``(V,)``, of a teacher whose ``weight`` is int8: what one step of each row stands for. The logits
+            are those of ``weight * weight_scale[:, None]``, which is never there; :meth:`from_layer` takes all from a
+            :class:`fastkd.int8.Int8Linear`. Where the student's ``compact`` is ``"device"``, all rows are computed.
+        round_input: With ``weight_scale``: round each row of the input to int8 too, as the layer itself does with
+            :class:`fastkd.int8.Dynamic`, and multiply integers.
         scale: A factor of the logits: Cohere's ``logit_scale``, one over Granite's ``logits_scaling``.
         softcap: Squashes the logits into (-softcap, softcap): Gemma's ``final_logit_softcapping``.
         grad_precision: What the gradient of the logits is rounded to before its two matmuls. None: on a GPU to the
@@ -65,6 +72,8 @@ class Head:
     weight: Tensor
     bias: Tensor | None = None
     _: KW_ONLY
+    weight_scale: Tensor | None = None
+    round_input: bool = False
     scale: float = 1.0
     softcap: float | None = None
     grad_precision: str | None = None
@@ -73,10 +82,12 @@ class Head:
     workspace: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("input", self.input), ("weight", self.weight), ("bias", self.bias)):
-            if value is not None or name != "bias":
-                _check_tensor(name, value)
+        for name in TENSORS:
+            value = getattr(self, name)
+            if value is not None or name in TENSORS[:2]:
+                _check_tensor(name, value, self.weight_scale is not None)
         _check_shapes(self)
+        _check_rounding(self)
         if _checks.finite("Head", "scale", self.scale) == 0:
             _checks.bad_value("Head", "scale", "not be 0", self.scale)
         if self.softcap is not None:
@@ -123,11 +134,39 @@ class Head:
             >>> Head.from_model(model, torch.ones(2, 3)).scale
             0.125
         """
-        model = _pretrained.unwrap(model)
-        tensors = _pretrained.tensors(model, hidden)
+        unwrapped: Any = _pretrained.unwrap(model)
+        tensors = _pretrained.tensors(unwrapped, hidden)
         if not options.keys() & {"scale", "softcap"}:
-            options["scale"], options["softcap"] = _pretrained.scale_and_softcap(model, len(tensors[1]))
-        return cls(*tensors, **options)
+            options["scale"], options["softcap"] = _pretrained.scale_and_softcap(unwrapped, len(tensors[1]))
+        return cls(*tensors, **{**_pretrained.rounding(unwrapped.get_output_embeddings()), **options})
+
+    @classmethod
+    def from_layer(cls, layer: torch.nn.Module, hidden: Tensor, **options: Any) -> Head:
+        """A layer over hidden states of its own. Same logits as::
+
+            layer(hidden)                           # of a torch.nn.Linear, or of an Int8Linear
+            F.linear(hidden, layer.weight)          # of a torch.nn.Embedding, which is tied to a head
+
+        An int8 layer is a teacher's. Unless its config is :class:`fastkd.int8.WeightOnly` rows of ``hidden`` are
+        rounded each by its own largest magnitude, with :class:`fastkd.int8.Static` too; ``round_input=False`` leaves
+        them as they are.
+
+        Args:
+            layer: Linear, an embedding, one of them with peft's LoRA, or an int8 form of them.
+            hidden: Its input ``(..., H)``.
+            options: Keyword arguments of :class:`Head`.
+
+        Raises:
+            TypeError, ValueError: as :meth:`from_model`, of another layer.
+
+        Example:
+            >>> from fastkd.int8 import Int8Linear
+            >>> layer = Int8Linear.from_float(torch.nn.Linear(3, 5))
+            >>> head = Head.from_layer(layer, torch.ones(2, 3))
+            >>> torch.allclose(head.logits(), layer(torch.ones(2, 3)))
+            True
+        """
+        return cls(*_pretrained.of_layer(layer, hidden), **{**_pretrained.rounding(layer), **options})
 
     @property
     def shape(self) -> torch.Size:
@@ -137,32 +176,48 @@ class Head:
     @property
     def dtype(self) -> torch.dtype:
         """That of the logits."""
-        wide = any(x is not None and x.dtype is torch.float64 for x in (self.input, self.weight, self.bias))
+        wide = any(x.dtype is torch.float64 for x in self.tensors())
         return torch.float64 if wide else torch.float32
 
     @property
     def device(self) -> torch.device:
         return self.input.device
 
+    def names(self) -> tuple[str, ...]:
+        """Of the arguments that are tensors."""
+        return tuple(name for name in TENSORS if getattr(self, name) is not None)
+
     def tensors(self) -> tuple[Tensor, ...]:
-        return (self.input, self.weight) if self.bias is None else (self.input, self.weight, self.bias)
+        return tuple(getattr(self, name) for name in self.names())
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments."""
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.kw_only}
+        """The keyword arguments that are no tensors."""
+        return {x.name: getattr(self, x.name) for x in fields(self) if x.kw_only and x.name not in TENSORS}
 
     def logits(self) -> Tensor:
         """The definition, all rows at once, differentiable: what the losses are tested against."""
         wide = self.dtype
         bias = None if self.bias is None else self.bias.to(wide)
-        logits = self.scale * torch.nn.functional.linear(self.input.to(wide), self.weight.to(wide), bias)
+        input, weight = self.input.to(wide), self.weight.to(wide)
+        if self.weight_scale is not None:
+            weight = weight * self.weight_scale.to(wide).unsqueeze(1)
+        if self.round_input:
+            rows = input.reshape(-1, input.shape[-1])
+            steps = channel_scales(rows)
+            input = (quantize(rows, steps) * steps.unsqueeze(1)).reshape(input.shape)
+        logits = self.scale * torch.nn.functional.linear(input, weight, bias)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
 
-def _check_tensor(name: str, value: Any) -> None:
+def _check_tensor(name: str, value: Any, rounded: bool) -> None:
     if not isinstance(value, Tensor):
         _checks.bad_type("Head", name, "be a tensor", type(value).__name__)
-    if value.dtype not in _checks.FLOATS:
+    if name == "weight" and value.dtype is torch.int8 and not rounded:
+        rule = "be float without weight_scale (Head.from_layer takes both from an int8 layer)"
+        _checks.bad_type("Head", name, rule, value.dtype)
+    if name == "weight" and rounded and value.dtype is not torch.int8:
+        _checks.bad_type("Head", name, "be int8 with weight_scale", value.dtype)
+    if value.dtype not in _checks.FLOATS and not (name == "weight" and rounded):
         _checks.bad_type("Head", name, "be float16, bfloat16, float32 or float64", value.dtype)
     if value.layout is not torch.strided:
         _checks.bad_type("Head", name, "be a dense (strided) tensor", value.layout)
@@ -182,8 +237,19 @@ def _check_shapes(head: Head) -> None:
         _checks.bad_value("Head", "weight", rule, tuple(matrix))
     if hidden[-1] != matrix[1]:
         _checks.bad_value("Head", "input", f"have the weight's hidden size, {matrix[1]}, last", tuple(hidden))
-    if head.bias is not None and head.bias.shape != matrix[:1]:
-        _checks.bad_value("Head", "bias", f"have shape {tuple(matrix[:1])}", tuple(head.bias.shape))
-    for name, value in (("weight", head.weight), ("bias", head.bias)):
-        if value is not None and value.device != head.input.device:
+    for name, value in zip(head.names(), head.tensors(), strict=True):
+        if name not in TENSORS[:2] and value.shape != matrix[:1]:
+            _checks.bad_value("Head", name, f"have shape {tuple(matrix[:1])}", tuple(value.shape))
+        if value.device != head.input.device:
             _checks.bad_value("Head", name, f"be on the input's device, {head.input.device}", value.device)
+
+
+def _check_rounding(head: Head) -> None:
+    if not isinstance(head.round_input, bool):
+        _checks.bad_type("Head", "round_input", "be True or False", type(head.round_input).__name__)
+    if head.weight_scale is None:
+        if head.round_input:
+            _checks.bad_value("Head", "round_input", "be False without weight_scale", True)
+        return
+    if head.compact == "device":
+        _checks.bad_value("Head", "compact", "be None, True or False with weight_scale", repr(head.compact))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._workspace import workspace
+from . import _rounded
 from .head import Head
 
 TAILS = ("bucket", "renormalize", "support", "uniform", "samples")
@@ -92,8 +93,12 @@ class TopK:
     def tensors(self) -> tuple[Tensor, ...]:
         return self.indices, self.log_probs
 
+    def names(self) -> tuple[str, ...]:
+        """Of the arguments that are tensors."""
+        return "indices", "log_probs"
+
     def options(self) -> dict[str, Any]:
-        """The keyword arguments."""
+        """The keyword arguments that are no tensors."""
         return {"tail": self.tail, "temperature": self.temperature}
 
     @classmethod
@@ -245,10 +250,16 @@ def _by_rows(logits: Tensor | Head) -> Iterator[tuple[slice, Tensor]]:
     for begin in range(0, max(1, len(rows)), step):
         part = slice(begin, begin + step)
         if isinstance(logits, Head):
-            bias = None if logits.bias is None else logits.bias.detach()
-            yield part, Head(rows[part], logits.weight.detach(), bias, **logits.options()).logits()
+            yield part, _logits_of(logits, rows[part])
         else:
             yield part, rows[part]
+
+
+def _logits_of(head: Head, hidden: Tensor) -> Tensor:
+    if head.weight_scale is not None:
+        return _rounded.logits_of(head, hidden, head.dtype)
+    bias = None if head.bias is None else head.bias.detach()
+    return Head(hidden, head.weight.detach(), bias, **head.options()).logits()
 
 
 def _best(logits: Tensor, k: int, ids: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ class Int8Linear(Int8Layer):
     with ``rounded(x)`` to 127 steps on each side of zero. Inference only: a backward through it raises.
 
     Takes any float dtype, and returns it (under autocast, autocast's). As the head of a teacher whose logits shall
-    never be there: ``Head(hidden, layer.float_weight(), layer.bias)``.
+    never be there: :meth:`fastkd.Head.from_layer`.
 
     Args:
         weight: ``(N, K)`` int8.

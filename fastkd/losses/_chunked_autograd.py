@@ -23,11 +23,13 @@ class Template:
     def __init__(self, given: Given) -> None:
         self.kind = type(given) if isinstance(given, (Head, TopK)) else Tensor
         self.options = given.options() if isinstance(given, (Head, TopK)) else {}
-        self.count = len(tensors_of(given))
+        self.names = given.names() if isinstance(given, (Head, TopK)) else ()
 
     def fill(self, tensors: Iterator[Tensor]) -> Given:
-        own = [next(tensors) for _ in range(self.count)]
-        return own[0] if self.kind is Tensor else self.kind(*own, **self.options)
+        if self.kind is Tensor:
+            return next(tensors)
+        arguments: dict[str, Any] = {name: next(tensors) for name in self.names}
+        return self.kind(**arguments, **self.options)
 
 
 class Call:

@@ -49,7 +49,7 @@ def apply(
     given = (logits.student, *teachers)
     tensors = [x for one in given for x in tensors_of(one)]
     spec: dict[str, Any] = {
-        "given": [[_kind(one), len(tensors_of(one)), _options(one)] for one in given],
+        "given": [[_kind(one), _names(one), _options(one)] for one in given],
         "wanted": [torch.is_grad_enabled() and x.requires_grad for x in tensors_of(logits.student)],
         "wide": logits.dtype is torch.float64,
         "dim": logits.dim,
@@ -74,6 +74,10 @@ def _kind(given: Given) -> str:
     return "Tensor" if isinstance(given, Tensor) else type(given).__name__
 
 
+def _names(given: Given) -> tuple[str, ...]:
+    return given.names() if isinstance(given, (Head, TopK)) else ("",)
+
+
 def _options(given: Given) -> dict[str, Any]:
     return given.options() if isinstance(given, (Head, TopK)) else {}
 
@@ -95,7 +99,7 @@ def _chunks(arguments: Sequence[Any]) -> tuple[Chunks, dict[str, Any]]:
     spec, rest = ast.literal_eval(text), iter(tensors)
     rows = unpack(*problem)
     student, *teachers = (
-        _filled(KINDS[kind], [next(rest) for _ in range(count)], options) for kind, count, options in spec["given"]
+        _filled(KINDS[kind], {name: next(rest) for name in names}, options) for kind, names, options in spec["given"]
     )
     rows.sparse = tuple(_sparse(rest, *one) for one in spec["sparse"])
     rows.expected = tuple(_expected(rest, *one) for one in spec["expected"])
@@ -104,8 +108,8 @@ def _chunks(arguments: Sequence[Any]) -> tuple[Chunks, dict[str, Any]]:
     return Chunks(rows, student, teachers, impl=impl, dim=spec["dim"], **more), spec
 
 
-def _filled(kind: type, tensors: list[Tensor], options: dict[str, Any]) -> Any:
-    return tensors[0] if kind is Tensor else kind(*tensors, **options)
+def _filled(kind: type, tensors: dict[str, Tensor], options: dict[str, Any]) -> Any:
+    return tensors[""] if kind is Tensor else kind(**tensors, **options)
 
 
 def _sparse(rest: Iterator[Tensor], tail: str, weight: float | None) -> SparseTeacher:

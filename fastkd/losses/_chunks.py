@@ -24,6 +24,7 @@ from ..inputs._checksum import agree, checksum
 from . import _vocab_map
 from ._arrangement import state_columns, term
 from ._logit_arguments import Given
+from ._rounded_source import Rounded
 from ._sources import Computed, ComputedStudent, Leading, Rows, Spread, Stored, StoredStudent, put, take
 from .terms.expected import past_the_logits
 from .terms.weighing import number
@@ -114,9 +115,10 @@ class Chunks:
             ahead = torch.arange(0, active, self.chunk, device=self.device)
             self.leading = ((weight != 0).sum() - ahead).clamp(0, self.chunk)
 
-    def _taught(self, given: Given, matmuls: Any) -> Computed | Spread | Stored:
+    def _taught(self, given: Given, matmuls: Any) -> Computed | Rounded | Spread | Stored:
         if isinstance(given, Head):
-            return Computed(given, self.autocast, matmuls)
+            rounded = given.weight_scale is not None
+            return Rounded(given, self.autocast) if rounded else Computed(given, self.autocast, matmuls)
         if isinstance(given, TopK):
             return Spread(given, self.rows.shared)
         assert isinstance(given, Tensor)
@@ -146,7 +148,7 @@ class Chunks:
         """Who multiplies rows of which the device alone knows how many count, if that is asked for."""
         if self._compaction() != "device":
             return None
-        heads = [x for x in (self.student, *self.teachers) if isinstance(x, Head)]
+        heads = [x for x in (self.student, *self.teachers) if isinstance(x, Head) and x.weight_scale is None]
         first, *others = [x for head in heads for x in head.tensors()]
         try:
             return _dispatch.pick(DEVICE, self.impl, first, others)

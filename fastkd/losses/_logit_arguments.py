@@ -51,6 +51,9 @@ class Logits:
         self.anchor: Tensor = student.input if isinstance(student, Head) else student  # where the student is
         if not isinstance(student, Head):
             _checks.logits(op, "student", student, ONE_LOGITS)
+        elif student.weight_scale is not None:
+            rule = "have a float weight: an int8 one gets no gradient (prepare_qat_ trains with rounded numbers)"
+            _checks.bad_type(op, "student", rule, student.weight.dtype)
         self.op, self.student = op, student
         self.constants: list[Tensor] = []
         shape = student.shape

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import _checks
-from .paths import Place, find, parse
+from .paths import Place, find, parse, unwrap
 
 STALE = (
     "; the model is compiled, and a graph that was made before the hooks does not call them: make the Capture (or the "
@@ -68,6 +68,7 @@ class Capture:
         self.model = model
         self._taps = {path: _Tap(parse("Capture", path)) for path in paths}
         self._handles: list[RemovableHandle] = []
+        self._attached = False  # a tracer can read this, and no handle
         for tap in self._taps.values():
             find("Capture", model, tap.place)
         if is_compiled(model):
@@ -85,10 +86,10 @@ class Capture:
             only: The paths to return; all by default.
         """
         taps = self._taps if only is None else {path: self._taps[path] for path in only}
-        keep = is_compiled(self.model)
+        keep = self._attached or is_compiled(self.model)
         try:
-            if not self._handles:
-                self.attach(self._taps if keep else taps)
+            if not self._attached:
+                self._attach(self._taps if keep else taps)
             for tap in taps.values():
                 tap.recording = True
             result = call()
@@ -112,17 +113,25 @@ class Capture:
         self.detach()
         return Capture(self.model, [*self._taps, *paths])
 
-    def attach(self, taps: Mapping[str, _Tap] | None = None) -> None:
+    def attach(self) -> None:
         """Put the hooks in now, and leave them there until :meth:`detach`."""
-        for tap in (self._taps if taps is None else taps).values():
+        self.detach()
+        self._attach(self._taps)
+
+    def _attach(self, taps: Mapping[str, _Tap]) -> None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("Capture: call attach() before torch.compile, which cannot trace how hooks are put in")
+        for tap in taps.values():
             if not tap.place.is_result:
                 self._handles += tap.hook(find("Capture", self.model, tap.place))
+        self._attached = True
 
     def detach(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._attached = False
 
     def _value(self, tap: _Tap, result: Any) -> Any:
         place = tap.place
@@ -133,7 +142,7 @@ class Capture:
             raise RuntimeError(
                 f"Capture: {place.path!r} {times} in this forward{STALE if is_compiled(self.model) else ''}"
             )
-        if tap.version != _version(tap.value):
+        if tap.version is not None and tap.version != _version(tap.value):
             raise RuntimeError(
                 f"Capture: {place.path!r} was changed in place after it was captured; set inplace=False in the layer "
                 "behind it, or capture that layer"
@@ -158,7 +167,7 @@ class _Tap:
         if self.place.what == "input":
             return [module.register_forward_pre_hook(self.before, with_kwargs=True)]
         handles = [module.register_forward_hook(self.after, with_kwargs=True)]
-        if self.place.what == "attention" and isinstance(module, nn.MultiheadAttention):
+        if self.place.what == "attention" and isinstance(unwrap(module), nn.MultiheadAttention):
             handles.append(module.register_forward_pre_hook(self.ask_for_weights, with_kwargs=True))
         return handles
 

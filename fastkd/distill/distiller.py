@@ -140,6 +140,11 @@ class Distiller(nn.Module):
         """An error if it holds a teacher's parameter, or lacks those of an adapter."""
         check_optimizer(optimizer, self, {name: teacher.model for name, teacher in self.teachers.items()})
 
+    def attach(self) -> None:
+        """Put the hooks in and leave them there, as ``torch.compile(distiller)`` needs it: it cannot trace their coming."""
+        for capture in self._captures.values():
+            capture.attach()
+
     def detach(self) -> None:
         """Remove the hooks that stay in compiled models."""
         for capture in self._captures.values():

@@ -117,16 +117,19 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def find(op: str, model: nn.Module, place: Place, others: Mapping[str, nn.Module] | None = None) -> nn.Module:
-    """The submodule that a path names, whatever is wrapped around it or its parents; or an error with near matches.
+    """The submodule that a path names, whatever is wrapped around its parents; or an error with near matches.
+
+    A wrapper around the submodule itself is what is returned: its hooks run outside of a compiled graph, and of what is
+    checkpointed.
 
     ``others`` are models that the path may have been meant for.
     """
-    module = unwrap(model)
+    module = model
     for name in place.module.split(".") if place.module else ():
-        child = module._modules.get(name)
+        child = unwrap(module)._modules.get(name)
         if child is None:
             _not_found(op, model, place, others or {})
-        module = unwrap(child)
+        module = child
     return module
 
 

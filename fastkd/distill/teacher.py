@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .. import _checks
 from ..int8 import Dynamic, quantize_
 from ..int8.choosing import Configs
-from .batches import mapped
+from .batches import mapped, tensors
 from .capture import Capture
 from .paths import unwrap
 
@@ -118,10 +118,3 @@ def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
             if tensor is not None and name not in module._non_persistent_buffers_set and not tensor.is_inference():
                 kept[f"{prefix}.{name}"] = id(tensor), tensor._version
     return kept
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in a nest of mappings and sequences."""
-    found: list[Tensor] = []
-    mapped(lambda tensor: found.append(tensor) or tensor, value)  # type: ignore[func-returns-value]
-    yield from found

@@ -132,7 +132,7 @@ def _compared_rows(products: Products, s: Tensor, t: Tensor, gradient: bool, ord
     tile = max(1, TILE // max(1, s.shape[0]))
     for first in range(0, s.shape[0], tile):
         rows = slice(first, first + tile)
-        (g, lengths), (h, _) = (_normalised(pairs_of_some(products, x, rows), order) for x in (s, t))
+        (g, lengths), (h, _) = (_normalised(products.pairs(x, rows), order) for x in (s, t))
         difference = g - h
         loss += difference.square().sum(dtype=loss.dtype)
         if slope is not None:
@@ -145,11 +145,6 @@ def _compared_rows(products: Products, s: Tensor, t: Tensor, gradient: bool, ord
                 products.times(towards, s, slope[rows])
                 products.times(towards.T, s[rows], slope)
     return (scale * loss).to(s.dtype), slope
-
-
-def pairs_of_some(products: Products, x: Tensor, rows: slice) -> Tensor:
-    """Some rows of x x'."""
-    return products.pairs(x) if rows.start == 0 and rows.stop >= len(x) else products.times(x[rows], x.T)
 
 
 def _normalised(rows: Tensor, order: int) -> tuple[Tensor, Tensor]:

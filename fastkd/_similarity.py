@@ -4,6 +4,11 @@ Of a loss that is a function of the products c_ij = x_i . x_j, with M_ij = d los
 For ``pkt_loss``, with x the unit rows, r_ij = q_ij / (p_ij + eps) and z_i the sum of a row of 1 + c::
 
     M_ij = (sum_k r_ik p_ik - r_ij) / z_i
+
+The rows x_i = v_i / l_i are not built: c_ij is a product of the v over their lengths, and with W = M + M' the gradient
+of v_i, which is across v_i, is::
+
+    (sum_j W_ij v_j / l_j - (sum_j W_ij c_ij) v_i / l_i) / l_i
 """
 
 from __future__ import annotations
@@ -16,10 +21,9 @@ from torch import Tensor
 
 from ._distances import ELEMENTS
 from ._features import Features, Result, kept, result_dtype
-from ._gram import pairs_of_some
 from ._products import Products
-from ._unit_rows import through_unit_rows, unit_rows
-from ._widen import widen
+from ._unit_rows import SHORTEST, through_unit_rows, unit_rows
+from ._widen import wide_dtype, widen
 
 Compare = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor | None]]
 
@@ -35,21 +39,49 @@ def pkt_loss(
     reduction: str,
 ) -> Result:
     """``compare``: cosines of some rows of both sides, eps, gradient -> the sum of the terms, and their M if wanted."""
-    (units, lengths), taught = unit_rows(widen(student.tensor)), wide_unit_rows(teacher)
-    total, slope = units.new_zeros(()), torch.zeros_like(units)
-    for rows in _strips(units):
-        cosines, of_teacher = (pairs_of_some(products, x, rows) for x in (units, taught))
-        some, slopes = compare(cosines, of_teacher, eps, gradient)
+    dtype = result_dtype(student, teacher)
+    s, t = student.tensor.to(dtype), teacher.tensor.to(dtype)
+    mine, theirs = inverse_lengths(student), inverse_lengths(teacher)
+    total = mine.new_zeros(())
+    slope = None
+    for rows in _strips(s):
+        cosines = _cosines(products, s, mine, rows)
+        some, slopes = compare(cosines, _cosines(products, t, theirs, rows), eps, gradient)
         total += some
         if slopes is not None:
-            if len(slopes) == len(units):
-                slope = products.times(slopes + slopes.T, units)
-            else:
-                products.times(slopes, units, slope[rows])
-                products.times(slopes.T, units[rows], slope)
-    terms = 1 if reduction == "sum" else max(1, len(units)) ** 2
-    dtype = result_dtype(student, teacher)
-    return (total / terms).to(dtype), (through_unit_rows(slope, units, lengths) / terms).to(dtype) if gradient else None
+            slope = _pull(products, s, mine, rows, cosines, slopes, slope)
+    scale = 1.0 if reduction == "sum" else 1.0 / max(1, len(s)) ** 2
+    if gradient:
+        slope = torch.zeros_like(s) if slope is None else slope.mul_(scale).to(dtype)
+    return (total * scale).to(dtype), slope
+
+
+def _pull(
+    products: Products, x: Tensor, inverse: Tensor, rows: slice, cosines: Tensor, slopes: Tensor, before: Tensor | None
+) -> Tensor:
+    """The gradient that some rows of M give, in float64: of what is along a row, nothing may be left by rounding."""
+    square = inverse.square()
+    if len(slopes) == len(x):
+        weights = slopes + slopes.T
+        along = cosines.mul_(weights).sum(1, keepdim=True)
+        weights.mul_(inverse).mul_(inverse.T).diagonal().sub_((along * square)[:, 0])
+        return products.times(weights, x)
+    result = torch.zeros_like(x, dtype=slopes.dtype) if before is None else before
+    towards = cosines.mul_(slopes)
+    weights = slopes.mul_(inverse[rows]).mul_(inverse.T)
+    products.times(weights, x, result[rows]).addcmul_(x[rows], towards.sum(1, keepdim=True) * square[rows], value=-1)
+    return products.times(weights.T, x[rows], result).addcmul_(x, towards.sum(0).unsqueeze(1) * square, value=-1)
+
+
+@kept
+def inverse_lengths(features: Tensor) -> Tensor:
+    """(N, 1), 0 for short rows."""
+    lengths = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=wide_dtype(features))
+    return torch.where(lengths <= SHORTEST, 0, 1 / lengths)
+
+
+def _cosines(products: Products, x: Tensor, inverse: Tensor, rows: slice) -> Tensor:
+    return products.pairs(x, rows, wide=True).mul_(inverse[rows]).mul_(inverse.T)
 
 
 @kept
@@ -95,8 +127,8 @@ def correlation_congruence_loss(
 def _taylor(products: Products, s: Tensor, t: Tensor, gradient: bool, gamma: float, order: int) -> Result:
     total, slope = s.new_zeros(()), torch.empty_like(s)
     for rows in _strips(s):
-        kernel, derivative = _kernel(pairs_of_some(products, s, rows), gamma, order)
-        difference = kernel.sub_(_kernel(pairs_of_some(products, t, rows), gamma, order)[0])
+        kernel, derivative = _kernel(products.pairs(s, rows), gamma, order)
+        difference = kernel.sub_(_kernel(products.pairs(t, rows), gamma, order)[0])
         total += difference.square().sum()
         if gradient:
             slope[rows] = products.times(derivative.mul_(difference), s)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _distances
+from .._products import ALL
 from .._widen import chunk_rows, wide_dtype, widen
 
 
@@ -18,9 +19,12 @@ def inner(x: Tensor, y: Tensor) -> Tensor:
     return total
 
 
-def pairs(x: Tensor) -> Tensor:
-    return _distances.products(x) if x.device.type == "cpu" else x @ x.T
+def pairs(x: Tensor, rows: slice = ALL, wide: bool = False) -> Tensor:
+    x = widen(x) if wide else x
+    some = x[rows]
+    return _distances.products(x) if len(some) == len(x) and x.device.type == "cpu" else some @ x.T
 
 
 def times(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    y = y.to(x.dtype)
     return torch.mm(x, y) if out is None else out.addmm_(x, y)

@@ -21,7 +21,7 @@ def _compare(student: Tensor, teacher: Tensor, eps: float, gradient: bool) -> tu
 
 def _probabilities(cosines: Tensor) -> tuple[Tensor, Tensor]:
     """And what they were divided by."""
-    similarity = cosines.clamp_(-1, 1).add_(1)
+    similarity = cosines.clamp(-1, 1).add_(1)
     sums = similarity.sum(1, keepdim=True)
     return similarity.div_(sums), sums
 

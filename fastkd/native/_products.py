@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._products import ALL
 from . import extension
 from .logit import CPU
 
@@ -15,8 +16,10 @@ def inner(x: Tensor, y: Tensor) -> Tensor:
     return _matmul(x.T, y, torch.empty(x.shape[1], y.shape[1], dtype=torch.float64, device=CPU))
 
 
-def pairs(x: Tensor) -> Tensor:
-    return _matmul(x, x.T, torch.empty(len(x), len(x), dtype=x.dtype, device=CPU))
+def pairs(x: Tensor, rows: slice = ALL, wide: bool = False) -> Tensor:
+    some = x[rows]
+    dtype = torch.float64 if wide else x.dtype
+    return _matmul(some, x.T, torch.empty(len(some), len(x), dtype=dtype, device=CPU))
 
 
 def times(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:

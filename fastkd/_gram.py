@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ._features import Features, Result, keep, result_dtype
 from ._products import Products
+from ._scale import power_of_two
 from ._unit_rows import SHORTEST, through_unit_rows, unit_rows
 from ._widen import chunk_rows, wide_dtype, widen
 
@@ -54,14 +55,21 @@ def similarity_preserving_loss(
 ) -> Result:
     dtype = result_dtype(student, teacher)
     s, t = student.tensor.to(dtype), teacher.tensor.to(dtype)
+    unit, other = power_of_two(s), power_of_two(t)  # products of four features stay within float32
+    s, t, shortest = s / unit, t / other, (SHORTEST / widen(unit).square(), SHORTEST / widen(other).square())
+    scale = _scale(s, reduction)
     if norm == "l1" or _few(s, t):  # sums of absolute values have no shortcut
-        return _compared_rows(products, s, t, gradient, 1 if norm == "l1" else 2, _scale(s, reduction))
-    return _cosines_of_rows(products, s, t, teacher, gradient, _scale(s, reduction))
+        loss, slope = _compared_rows(products, s, t, shortest, gradient, 1 if norm == "l1" else 2, scale)
+    else:
+        loss, slope = _cosines_of_rows(products, s, t, shortest, teacher, gradient, scale)
+    return loss, None if slope is None else slope.div_(unit)
 
 
 def cka_loss(products: Products, student: Features, teacher: Features, gradient: bool) -> Result:
     dtype = result_dtype(student, teacher)
     s, t = _centred(student.tensor.to(dtype)), _centred(teacher.tensor.to(dtype))
+    unit = power_of_two(s)  # the loss does not notice, and products of four features stay within float32
+    s, t = s / unit, t / power_of_two(t)
     name = "centred rows"
     if _few(s, t):
         own = widen(products.pairs(s))
@@ -81,11 +89,11 @@ def cka_loss(products: Products, student: Features, teacher: Features, gradient:
     if _few(s, t):
         own_length, other_length = (torch.where(constant, 1, length) for length in (own_length, other_length))
         difference = cka * (own / own_length) - other / other_length  # 0 where the directions are the same
-        return loss, products.times((torch.where(constant, 0, 2 / own_length) * difference).to(dtype), s)
+        return loss, products.times((torch.where(constant, 0, 2 / own_length) * difference).to(dtype), s).div_(unit)
     outer = torch.where(constant, 0, -2 / lengths)
     inner = torch.where(constant, 0, 2 * cka / own_length.square())
     slope = products.times(t, (outer * mixed).to(dtype))
-    return loss, products.times(s, (inner * own).to(dtype), slope)
+    return loss, products.times(s, (inner * own).to(dtype), slope).div_(unit)
 
 
 def _few(s: Tensor, t: Tensor) -> bool:
@@ -125,20 +133,29 @@ def _squares(
     return loss.clamp(min=0).to(s.dtype), slope
 
 
-def _compared_rows(products: Products, s: Tensor, t: Tensor, gradient: bool, order: int, scale: float) -> Result:
+def _compared_rows(
+    products: Products,
+    s: Tensor,
+    t: Tensor,
+    shortest: tuple[Tensor, Tensor],
+    gradient: bool,
+    order: int,
+    scale: float,
+) -> Result:
     """scale sum_i |g_i / |g_i| - h_i / |h_i||_2^2, some rows of both Gram matrices at a time."""
     loss = s.new_zeros((), dtype=wide_dtype(s))
     slope = torch.zeros_like(s) if gradient else None
     tile = max(1, TILE // max(1, s.shape[0]))
     for first in range(0, s.shape[0], tile):
         rows = slice(first, first + tile)
-        (g, lengths), (h, _) = (_normalised(products.pairs(x, rows), order) for x in (s, t))
+        g, lengths = _normalised(products.pairs(s, rows), order, shortest[0])
+        h, _ = _normalised(products.pairs(t, rows), order, shortest[1])
         difference = g - h
         loss += difference.square().sum(dtype=loss.dtype)
         if slope is not None:
             direction = g if order == 2 else g.sign()
             radial = (difference * g).sum(1, keepdim=True)
-            towards = torch.where(lengths <= SHORTEST, 0, 2 * scale * (difference - direction * radial) / lengths)
+            towards = torch.where(lengths <= shortest[0], 0, 2 * scale * (difference - direction * radial) / lengths)
             if tile >= s.shape[0]:
                 slope = products.times(towards + towards.T, s)
             else:
@@ -147,13 +164,19 @@ def _compared_rows(products: Products, s: Tensor, t: Tensor, gradient: bool, ord
     return (scale * loss).to(s.dtype), slope
 
 
-def _normalised(rows: Tensor, order: int) -> tuple[Tensor, Tensor]:
+def _normalised(rows: Tensor, order: int, shortest: Tensor) -> tuple[Tensor, Tensor]:
     lengths = torch.linalg.vector_norm(rows, order, dim=1, keepdim=True)
-    return torch.where(lengths <= SHORTEST, 0, rows / lengths), lengths
+    return torch.where(lengths <= shortest, 0, rows / lengths), lengths
 
 
 def _cosines_of_rows(
-    products: Products, s: Tensor, t: Tensor, teacher: Features, gradient: bool, scale: float
+    products: Products,
+    s: Tensor,
+    t: Tensor,
+    shortest: tuple[Tensor, Tensor],
+    teacher: Features,
+    gradient: bool,
+    scale: float,
 ) -> Result:
     """scale sum_i |g_i / |g_i| - h_i / |h_i||_2^2 by products of features alone."""
     own, cross = products.inner(s, s), products.inner(t, s)
@@ -166,7 +189,7 @@ def _cosines_of_rows(
         mine, theirs = widen(s[rows]), widen(t[rows])
         to_own, to_cross = products.times(mine, own), products.times(theirs, cross)
         lengths, other_lengths = _lengths(mine, to_own), taught[rows]
-        zero, other_zero = lengths <= SHORTEST, other_lengths <= SHORTEST
+        zero, other_zero = lengths <= shortest[0], other_lengths <= shortest[1]
         a = torch.where(zero | other_zero, 0, 1 / (lengths * other_lengths))
         cosine = (to_cross * mine).sum(1, keepdim=True) * a
         b = torch.where(zero, 0, cosine / lengths.square())

@@ -81,6 +81,23 @@ def test_features_that_can_fail(impl: str, problem: str, name: str) -> None:
     judge(loss, naive, student, teacher, impl=impl)
 
 
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "gram"])
+@pytest.mark.parametrize("shape", [(11, 6, 5), (5, 9, 8)])
+@pytest.mark.parametrize("factors", [(1e15, 1.0), (1.0, 1e15), (1e-10, 1e-11), (1e15, 1e-11)])
+def test_losses_that_do_not_notice_a_scale(
+    impl: str, factors: tuple[float, float], shape: tuple[int, int, int], name: str
+) -> None:
+    """Though products of four features are neither float32 then, nor inner products as long as a row has to be."""
+    n, d, d_teacher = shape
+    loss, (student, teacher) = LOSSES[name][0], (flat(n, d), flat(n, d_teacher, 1))
+    least = 1e-5 if name.startswith("similarity") else 0.0
+    own, other = (max(factor, least) for factor in factors)
+    value, grad = call(loss, student, teacher, impl=impl)
+    got, slope = call(loss, own * student, other * teacher, impl=impl)
+    torch.testing.assert_close(got, value, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(slope * own, grad, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_dtypes(impl: str, dtype: torch.dtype, name: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._scale import power_of_two
 from .._unit_rows import SHORTEST
 
 
@@ -13,6 +14,8 @@ def normalised(x: Tensor, dim: int, order: float = 2) -> tuple[Tensor, Tensor]:
 
     A one in each of its places keeps autograd from 0 / 0.
     """
-    short = torch.linalg.vector_norm(x.detach(), order, dim=dim, keepdim=True) <= SHORTEST
+    scale = power_of_two(x, dim)
+    x = x / scale
+    short = torch.linalg.vector_norm(x.detach(), order, dim=dim, keepdim=True) * scale <= SHORTEST
     x = torch.where(short, 1, x)
     return torch.where(short, 0, x / torch.linalg.vector_norm(x, order, dim=dim, keepdim=True)), short

@@ -7,13 +7,11 @@ A row no longer than 1e-12 is a row of zeros: its cosines are 0, and so is its g
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .._matrices import Gradients, result_dtype
-from .._unit_rows import SHORTEST
 from ._gradient import gradients
-from ._scale import power_of_two
+from ._normalised import normalised
 
 
 def forward(x: Tensor, y: Tensor | None, squared: bool) -> Tensor:
@@ -31,8 +29,4 @@ def _matrix(x: Tensor, y: Tensor | None) -> Tensor:
 
 
 def unit_rows(x: Tensor) -> Tensor:
-    scale = power_of_two(x, dim=-1)
-    x = x / scale
-    lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    short = lengths * scale <= SHORTEST
-    return torch.where(short, 0.0, x / torch.where(short, 1.0, lengths))
+    return normalised(x, -1)[0]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from .._matrices import Gradients, result_dtype
+from .._scale import power_of_two
 from ._gradient import gradients
-from ._scale import power_of_two
 
 
 def forward(x: Tensor, y: Tensor | None, squared: bool) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .._features import Features, Result, result_dtype
+from .._scale import power_of_two
 from ._gradient import value_and_gradient
 from ._normalised import normalised
 
@@ -72,9 +73,13 @@ def cka_loss(student: Features, teacher: Features, gradient: bool) -> Result:
 
 
 def _centred(x: Tensor) -> Tensor:
-    """Beginning with the first row, which is exact for rows that are close: of equal ones nothing is left."""
+    """Beginning with the first row, which is exact for rows that are close: of equal ones nothing is left.
+
+    And scaled, which ``cka_loss`` does not notice, so that its products of four features stay within float32.
+    """
     x = x - x[:1]
-    return x - x.mean(0)
+    x = x - x.mean(0)
+    return x / power_of_two(x)
 
 
 def _direction(matrix: Tensor) -> tuple[Tensor, Tensor]:

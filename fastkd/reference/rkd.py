@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .._features import Features, Result, result_dtype
 from .._pairs import COINCIDENT
+from .._scale import power_of_two
 from ._gradient import value_and_gradient
-from ._scale import power_of_two
 from .cosine import unit_rows
 
 

@@ -30,6 +30,7 @@ def times(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
 
 def _matmul(x: Tensor, y: Tensor, out: Tensor, adds: bool = False) -> Tensor:
     """``out`` is contiguous."""
+    x, y = x.resolve_neg(), y.resolve_neg()  # signs that torch has not changed yet
     compute = _C.matmul_wide if out.dtype is torch.float64 else _C.matmul
     left = x.data_ptr(), x.dtype is torch.float64, x.stride(0), x.stride(1)
     right = y.data_ptr(), y.dtype is torch.float64, y.stride(1), y.stride(0)

@@ -181,6 +181,15 @@ def test_zero_rows_of_cosine(impl: str) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_whose_squares_are_no_floats(impl: str, dtype: torch.dtype) -> None:
+    student, teacher = (1e30 * flat(5, 70)).to(dtype), (1e25 * flat(5, 70, 1)).to(dtype)
+    value, grad = call(fastkd.hint_loss, student, teacher, distance="cosine", impl=impl)
+    want, slope = call(fastkd.hint_loss, student.double() / 1e30, teacher.double() / 1e30, distance="cosine")
+    torch.testing.assert_close(value, want, check_dtype=False, rtol=1e-6, atol=0)
+    torch.testing.assert_close(1e30 * grad.double(), slope, rtol=1e-5 if dtype is torch.float32 else 1e-2, atol=1e-8)
+
+
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_not_a_number_is_not_hidden(impl: str, distance: str) -> None:
     for side in (0, 1):

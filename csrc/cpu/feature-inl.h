@@ -133,14 +133,14 @@ void add_powers(const Row& row, float p, int64_t n, float* sums) {
     }
 }
 
-double sum_powers(const Row& row, float p, int64_t n) {
+double sum_powers(const Row& row, float factor, float p, int64_t n) {
     Tile scratch;
     double total = 0;
     for (int64_t begin = 0; begin < n; begin += kTile) {
         const int64_t size = n - begin < kTile ? n - begin : kTile;
         const float* x = fetch_features(row, begin, size, scratch);
         vf sums = splat(0.0f);
-        for (int64_t i = 0; i < size; i += W) sums += power(load(x + i), p);
+        for (int64_t i = 0; i < size; i += W) sums += power(factor * load(x + i), p);
         total += sum(sums);
     }
     return total;

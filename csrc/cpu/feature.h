@@ -19,8 +19,8 @@ struct FeatureKernels {
     void (*combination)(const Row& s, float a, const Row& t, float b, int64_t n, float weight, float factor, float* out);
     // sums[i] += |x_i|^p
     void (*add_powers)(const Row&, float p, int64_t n, float* sums);
-    // sum |x_i|^p
-    double (*sum_powers)(const Row&, float p, int64_t n);
+    // sum |factor x_i|^p
+    double (*sum_powers)(const Row&, float factor, float p, int64_t n);
     // out_i = slope_i d(|x_i|^p / p) / dx_i, with one slope for all or one each.
     void (*power_gradient)(const Row&, float p, int64_t n, const float* slope, bool one, float* out);
 };

@@ -19,13 +19,21 @@ Row at(const Row& row, int64_t element) {
 
 double total(const std::vector<double>& parts) { return std::accumulate(parts.begin(), parts.end(), 0.0); }
 
+// Of a row whose squares are beyond a float, from those of a part of it.
+double length_of(const Row& row, int64_t n) {
+    constexpr float kPart = 0x1p-96f;
+    const auto length = [&](float factor) { return std::sqrt(active_instruction_set().feature.sum_powers(row, factor, 2, n)); };
+    const double whole = length(1);
+    return std::isinf(whole) ? length(kPart) / kPart : whole;
+}
+
 double cosine(const Hint& hint, int64_t row, float* gradient) {
     const FeatureKernels& kernels = active_instruction_set().feature;
     const int64_t n = hint.width;
     const Row s = at(hint.student, row * n), t = at(hint.teacher, row * n);
     const bool counts = !hint.mask || hint.mask[row];
-    const double length = counts ? std::sqrt(kernels.sum_powers(s, 2, n)) : 0;
-    const double other_length = counts ? std::sqrt(kernels.sum_powers(t, 2, n)) : 0;
+    const double length = counts ? length_of(s, n) : 0;
+    const double other_length = counts ? length_of(t, n) : 0;
     if (length <= kShortest || other_length <= kShortest) {
         if (gradient) std::fill_n(gradient, n, 0.0f);
         return counts;
@@ -44,7 +52,7 @@ void attention_map(const Maps& maps, int64_t sample, float p, float* out) {
     const int64_t channels = maps.channels, positions = maps.positions, first = sample * channels * positions;
     if (maps.channels_last) {
         for (int64_t i = 0; i < positions; ++i) {
-            out[i] = static_cast<float>(kernels.sum_powers(at(maps.features, first + i * channels), p, channels));
+            out[i] = static_cast<float>(kernels.sum_powers(at(maps.features, first + i * channels), 1, p, channels));
         }
     } else {
         std::fill_n(out, positions, 0.0f);

@@ -24,7 +24,7 @@ def check_models(student: Any, teachers: Mapping[str, nn.Module]) -> None:
         for name, memory in _memory(teacher):
             shared = own.get(id(memory)) or addresses.get(_address(memory))
             if shared:
-                rule = f"share no parameter or buffer with teacher {who!r} (its {name}): copy.deepcopy the teacher"
+                rule = f"share no parameter or buffer with {who} (its {name}): copy.deepcopy the teacher"
                 _checks.bad_value(OP, "student", rule, shared)
 
 
@@ -51,13 +51,9 @@ def check_terms(terms: Any) -> None:
             _checks.bad_value(OP, "terms", "have different names (give some a name=)", repr(term.name))
 
 
-def check_paths(
-    student: nn.Module, teachers: Mapping[str, nn.Module], wanted: Mapping[str | None, Iterable[str]]
-) -> None:
-    """An error for a path that is another model's names it."""
-    models: dict[str, nn.Module] = {"student": student, **{f"teacher {name}": one for name, one in teachers.items()}}
-    for name, paths in wanted.items():
-        who = "student" if name is None else f"teacher {name}"
+def check_paths(models: Mapping[str, nn.Module], wanted: Mapping[str, Iterable[str]]) -> None:
+    """By who it is that a path is for; an error for one that another model has names that."""
+    for who, paths in wanted.items():
         others = {other: model for other, model in models.items() if other != who}
         for path in paths:
             find(OP, models[who], parse(OP, path), others)
@@ -69,7 +65,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer, learning: nn.Module, teach
     for who, teacher in teachers.items():
         for name, parameter in teacher.named_parameters():
             if id(parameter) in held:
-                _checks.bad_value(OP, "optimizer", f"hold no parameter of teacher {who!r}", name)
+                _checks.bad_value(OP, "optimizer", f"hold no parameter of {who}", name)
     for name, parameter in learning.named_parameters():
         if not name.startswith("student.") and parameter.requires_grad and id(parameter) not in held:
             rule = "hold the parameters of adapters and losses too: pass distiller.parameters()"

@@ -84,7 +84,7 @@ class Distiller(nn.Module):
         # A single teacher has no name, and its paths no prefix.
         self._single = not isinstance(teacher, (Sequence, Mapping))
         self.teachers: dict[str, Teacher] = {name: _as_teacher(one) for name, one in _named(teacher).items()}
-        check_models(student, {name: one.model for name, one in self.teachers.items()})
+        check_models(student, self._models())
         check_terms(terms)
         self.student = student
         self.terms = list(terms)
@@ -108,17 +108,24 @@ class Distiller(nn.Module):
             rule = "not be wrapped where adapters learn too: DistributedDataParallel(distiller)"
             _checks.bad_value("Distiller", "student", rule, type(student).__name__)
 
+    def _models(self) -> dict[str, nn.Module]:
+        """The teachers by what messages call them."""
+        return {self._who(name): teacher.model for name, teacher in self.teachers.items()}
+
+    def _who(self, name: str | None) -> str:
+        return "the student" if name is None else "the teacher" if self._single else f"teacher {name!r}"
+
     def _make_captures(self) -> dict[str | None, Capture]:
         """Of the student, under None, and of every teacher."""
-        models = {name: teacher.model for name, teacher in self.teachers.items()}
-        wanted: dict[str | None, dict[str, None]] = {None: {}, **{name: {} for name in models}}
+        wanted: dict[str | None, dict[str, None]] = {None: {}, **{name: {} for name in self.teachers}}
         for term in self.terms:
             wanted[None].update(dict.fromkeys(listed(term.student)))
             for path in self._taught_by(term):
                 name, own = self._locate(path)
                 wanted[name][own] = None
-        check_paths(self.student, models, wanted)
-        return {name: Capture(self.student if name is None else models[name], paths) for name, paths in wanted.items()}
+        models = {self._who(None): self.student, **self._models()}
+        check_paths(models, {self._who(name): paths for name, paths in wanted.items()})
+        return {name: Capture(models[self._who(name)], paths) for name, paths in wanted.items()}
 
     def _taught_by(self, term: Term) -> list[str]:
         if term.teacher == LOGITS:
@@ -138,10 +145,10 @@ class Distiller(nn.Module):
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """An error if it holds a teacher's parameter, or lacks those of an adapter."""
-        check_optimizer(optimizer, self, {name: teacher.model for name, teacher in self.teachers.items()})
+        check_optimizer(optimizer, self, self._models())
 
     def attach(self) -> None:
-        """Put the hooks in and leave them there, as ``torch.compile(distiller)`` needs it: it cannot trace their coming."""
+        """Put the hooks in and leave them there, as ``torch.compile(distiller)`` needs it, which cannot trace that."""
         for capture in self._captures.values():
             capture.attach()
 

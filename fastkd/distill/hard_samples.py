@@ -144,7 +144,7 @@ class LossQuantile(RowWeight):
         order = flat.argsort(descending=True, stable=True)
         rank = torch.zeros_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         # 0.1 * 30 may be a little more than 3
-        taken = (counts.sum() * self.fraction - 1e-9).ceil()
+        taken = (counts.sum().double() * self.fraction - 1e-9).ceil()
         return (rank < taken).view(loss.shape).to(loss.dtype)
 
 

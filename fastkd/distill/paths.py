@@ -137,9 +137,10 @@ def _not_found(op: str, model: nn.Module, place: Place, others: Mapping[str, nn.
     known = names(model)
     near = difflib.get_close_matches(place.module, known, n=5, cutoff=0.5)
     near = near or [name for name, _ in unwrap(model).named_children()][:10]
-    rule = f"name a submodule of {type(unwrap(model)).__name__}, such as {', '.join(map(repr, near))}"
+    such = f", such as {', '.join(map(repr, near))}" if near else " (it has none)"
+    rule = f"name a submodule of {type(unwrap(model)).__name__}{such}"
     hint = "".join(
-        f" (a path of the {who}: are they swapped?)" for who, other in others.items() if place.module in names(other)
+        f" (a path of {who}: are they swapped?)" for who, other in others.items() if place.module in names(other)
     )
     _checks.bad_value(op, "path", rule, f"{place.path!r}{hint}")
 

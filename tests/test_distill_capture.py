@@ -136,6 +136,10 @@ def test_wrong_paths(path: str) -> None:
 def test_wrong_types() -> None:
     with pytest.raises(TypeError, match="Capture: model must be a module, got int"):
         Capture(3, [])  # type: ignore[arg-type]
+    copies = nn.DataParallel(Net(4))
+    copies.device_ids = [0, 1]
+    with pytest.raises(ValueError, match=r"model must run in one thread: .*, got DataParallel on 2 devices"):
+        Capture(copies, ["body"])
     with pytest.raises(TypeError, match="Capture: paths must be a sequence of paths, got a string"):
         Capture(Net(4), "body")
     with pytest.raises(TypeError, match="Capture: path must be a string, got int"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import weakref
 from typing import Any
@@ -189,10 +190,18 @@ def energy(student: Tensor) -> Tensor:
 
 def test_any_two_functions_of_tensors() -> None:
     student, teacher, batch = Net(6).eval(), Net(6).eval(), vectors()
-    terms = [Term(F.mse_loss), Term(nn.SmoothL1Loss(beta=0.5), "body", "body")]
+    half = functools.partial(F.huber_loss, delta=0.5)
+    terms = [Term(F.mse_loss), Term(nn.SmoothL1Loss(beta=0.5), "body", "body"), Term(half), Term(torch.dist)]
     _, parts = Distiller(student, teacher, terms).loss(batch)
     own, taught = student(batch[0]).detach(), teacher(batch[0]).detach()
-    torch.testing.assert_close(parts["mse_loss"], F.mse_loss(own, taught))
+    bodies = student.body(batch[0]).detach(), teacher.body(batch[0]).detach()
+    want = {
+        "mse_loss": F.mse_loss(own, taught),
+        "SmoothL1Loss/body": F.smooth_l1_loss(*bodies, beta=0.5),
+        "huber_loss": half(own, taught),
+        "dist": (own - taught).norm(),
+    }
+    torch.testing.assert_close(parts, want)
 
 
 @pytest.mark.parametrize("loss", [fastkd.KDLoss(temperature=3.0), fastkd.dkd_loss, fastkd.nkd_loss, fastkd.wsld_loss])

@@ -79,9 +79,7 @@ def test_a_teacher_that_changes_itself() -> None:
             self.calls += 1
             return super().forward(x)
 
-    with pytest.raises(
-        RuntimeError, match=r"the teacher \(Counts\) changed .calls in its forward, in evaluation mode$"
-    ):
+    with pytest.raises(RuntimeError, match=r"the teacher \(Counts\) changed calls in its forward, in evaluation mode$"):
         Distiller(Net(6), Counts(), [TERM]).loss(vectors())
 
 
@@ -259,6 +257,10 @@ def test_arguments_of_terms() -> None:
 
 
 def test_errors_of_losses_name_the_term() -> None:
+    with pytest.raises(ValueError, match="term 'cross_entropy': the batch must have labels, got None"):
+        Distiller(Net(6), None, [Term(fastkd.cross_entropy)]).loss(vectors()[0])
+    with pytest.raises(ValueError, match="term 'dkd_loss': the batch must have labels, got None"):
+        Distiller(Net(6), Net(6), [Term(fastkd.dkd_loss)]).loss(vectors()[0])
     with pytest.raises(ValueError, match=r"^term 'hint_loss/body': hint_loss: teacher must have the student's shape"):
         Distiller(Net(6), Net(9), [Term(fastkd.hint_loss, "body", "body")]).loss(vectors())
     with pytest.raises(

@@ -67,7 +67,7 @@ def test_compiled_models(make: Any) -> None:
         # Without a loss in between, as in a validation: no hook may be forgotten, nor a value remembered.
         compiled.student(batch[0])
         plain.student(batch[0])
-        batch = vectors(7)
+        batch = vectors()
     assert all(tap.value is None for capture in compiled._captures.values() for tap in capture._taps.values())
     compiled.detach()
     assert hooks(compiled.student) == hooks(compiled.teachers["teacher"].model) == 0

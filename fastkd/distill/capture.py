@@ -65,6 +65,10 @@ class Capture:
             _checks.bad_type("Capture", "model", "be a module", type(model).__name__)
         if isinstance(paths, str):
             _checks.bad_type("Capture", "paths", "be a sequence of paths", "a string")
+        for module in model.modules():
+            if isinstance(module, nn.DataParallel) and len(module.device_ids) > 1:
+                rule = "run in one thread: DistributedDataParallel, or DataParallel on one device"
+                _checks.bad_value("Capture", "model", rule, f"DataParallel on {len(module.device_ids)} devices")
         self.model = model
         self._taps = {path: _Tap(parse("Capture", path)) for path in paths}
         self._handles: list[RemovableHandle] = []

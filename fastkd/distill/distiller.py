@@ -243,7 +243,8 @@ class Distiller(nn.Module):
         for term in terms:
             value = term.compute(*self._adapted(term, student, taught), now.of(term, normalizer, share))
             parts[term.name] = value.detach()
-            total = weights[term.name] * value + (0 if total is None else total)
+            weighted = weights[term.name] * value
+            total = weighted if total is None else total + weighted
         if total is None:
             total = torch.zeros((), device=next(self.parameters()).device, requires_grad=torch.is_grad_enabled())
         return total, parts

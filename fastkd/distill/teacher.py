@@ -22,8 +22,8 @@ class Teacher:
     """A model as a teacher. Each call runs it in evaluation mode and without gradients, and leaves it as it was.
 
     Every submodule counts as in evaluation mode during the call, whoever called ``train()``: no dropout, and BatchNorm
-    uses its statistics and does not update them. Modes are put back afterwards. A forward that changes a parameter or a
-    buffer of the ``state_dict`` all the same is an error.
+    uses its statistics and does not update them. Modes are put back afterwards. A forward that changes a buffer of the
+    ``state_dict`` all the same is an error.
 
     Args:
         model: The model. With any of the other arguments a copy is made.
@@ -111,10 +111,13 @@ def frozen(model: nn.Module, who: str = "teacher") -> Iterator[None]:
 
 
 def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Of all that is in the state_dict: which tensor it is, and how often it was changed in place."""
+    """Of the buffers of a state_dict, as BatchNorm's: which tensor it is, and how often it was changed in place.
+
+    Not of parameters: what shards a model moves them about.
+    """
     kept: dict[str, tuple[int, int]] = {}
     for prefix, module in model.named_modules():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        for name, tensor in module._buffers.items():
             if tensor is not None and name not in module._non_persistent_buffers_set and not tensor.is_inference():
-                kept[f"{prefix}.{name}"] = id(tensor), tensor._version
+                kept[f"{prefix}.{name}".lstrip(".")] = id(tensor), tensor._version
     return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -97,7 +98,8 @@ class Term:
         if not callable(loss):
             _checks.bad_type("Term", "loss", "be a function or a module", type(loss).__name__)
         self.loss, self.options, self.row_weight = loss, options, row_weight
-        self.title = getattr(loss, "__name__", type(loss).__name__)
+        named = loss.func if isinstance(loss, functools.partial) else loss
+        self.title = getattr(named, "__name__", type(named).__name__)
         self._read_signature()
         if (
             teacher == LOGITS
@@ -117,9 +119,14 @@ class Term:
 
     def _read_signature(self) -> None:
         loss = self.loss.forward if isinstance(self.loss, nn.Module) else self.loss
-        known = inspect.signature(loss).parameters.values()
-        self._names = {parameter.name for parameter in known}
-        self._takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known)
+        try:
+            known = inspect.signature(loss).parameters
+        except ValueError:  # some of torch's functions have none
+            self._names, self._takes_any, self._needs_target = set[str](), True, False
+        else:
+            self._names = set(known)
+            self._takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+            self._needs_target = "target" in known and known["target"].default is inspect.Parameter.empty
         given = {**self.options, **({} if self.row_weight is None else {"row_weight": None})}
         for option in given:
             if option not in self._names and not self._takes_any:
@@ -174,6 +181,8 @@ class Term:
         options = {name: self._option(value, now) for name, value in self.options.items()}
         arguments = [student] if self.teacher is None else [student, teacher]
         labels = self._labels(now)
+        if labels is None and self.target and self._needs_target:
+            _checks.bad_value(f"term {self.name!r}", "the batch", "have labels", None)
         if labels is not None and self.teacher is None:
             arguments.append(labels)
         elif labels is not None:
@@ -187,7 +196,8 @@ class Term:
         try:
             loss = self.loss(*arguments, **options)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"term {self.name!r}: {error}") from error
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"term {self.name!r}: {error}") from error
         if not isinstance(loss, Tensor) or loss.ndim:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             _checks.bad_type("Term", "loss", f"return a 0-dim tensor ({self.name})", got)

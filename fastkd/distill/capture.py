@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import _checks
-from .paths import Place, find, parse, unwrap
+from .paths import Place, find, modules_of, parse, unwrap
 
 STALE = (
     "; the model is compiled, and a graph that was made before the hooks does not call them: make the Capture (or the "
@@ -208,4 +208,4 @@ def is_compiled(model: nn.Module) -> bool:
     """Whether torch.compile was called on it or on a submodule."""
     if torch.compiler.is_compiling():
         return True
-    return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules())
+    return any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in modules_of(model))

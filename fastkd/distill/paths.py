@@ -145,6 +145,17 @@ def _not_found(op: str, model: nn.Module, place: Place, others: Mapping[str, nn.
     _checks.bad_value(op, "path", rule, f"{place.path!r}{hint}")
 
 
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """Those of ``model.modules()``, in another order; several times as fast, as every step asks for them."""
+    found, left = {model: None}, [model]
+    while left:
+        for child in left.pop()._modules.values():
+            if child is not None and child not in found:
+                found[child] = None
+                left.append(child)
+    return list(found)
+
+
 def names(model: nn.Module) -> list[str]:
     """Of all submodules, without those of wrappers."""
     named = (name.split(".") for name, _ in unwrap(model).named_modules())

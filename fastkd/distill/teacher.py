@@ -15,7 +15,7 @@ from ..int8 import Dynamic, quantize_
 from ..int8.choosing import Configs
 from .batches import mapped, tensors
 from .capture import Capture
-from .paths import unwrap
+from .paths import modules_of, unwrap
 
 
 class Teacher:
@@ -92,8 +92,9 @@ def frozen(model: nn.Module, who: str = "teacher") -> Iterator[None]:
 
     The attribute is set, as ``train()`` and ``eval()`` may do more in a model of its own: fold weights, for example.
     """
-    trained = [module for module in model.modules() if module.training]
-    before = None if torch.compiler.is_compiling() else _versions(model)
+    modules = modules_of(model)
+    trained = [module for module in modules if module.training]
+    before = [] if torch.compiler.is_compiling() else _versions(modules)
     for module in trained:
         module.training = False
     try:
@@ -101,23 +102,26 @@ def frozen(model: nn.Module, who: str = "teacher") -> Iterator[None]:
     finally:
         for module in trained:
             module.training = True
-    if before is not None:
-        changed = [name for name, version in _versions(model).items() if before.get(name) != version]
-        if changed:
-            raise RuntimeError(
-                f"Distiller: the {who} ({type(unwrap(model)).__name__}) changed {', '.join(changed[:5])} "
-                "in its forward, in evaluation mode"
-            )
+    changed = [
+        next(f"{prefix}.{name}".lstrip(".") for prefix, other in model.named_modules() if other is module)
+        for module, name, tensor, version in before
+        if module._buffers.get(name) is not tensor or tensor._version != version
+    ]
+    if changed:
+        raise RuntimeError(
+            f"Distiller: the {who} ({type(unwrap(model)).__name__}) changed {', '.join(changed[:5])} "
+            "in its forward, in evaluation mode"
+        )
 
 
-def _versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+def _versions(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, str, Tensor, int]]:
     """Of the buffers of a state_dict, as BatchNorm's: which tensor it is, and how often it was changed in place.
 
     Not of parameters: what shards a model moves them about.
     """
-    kept: dict[str, tuple[int, int]] = {}
-    for prefix, module in model.named_modules():
-        for name, tensor in module._buffers.items():
-            if tensor is not None and name not in module._non_persistent_buffers_set and not tensor.is_inference():
-                kept[f"{prefix}.{name}".lstrip(".")] = id(tensor), tensor._version
-    return kept
+    return [
+        (module, name, tensor, tensor._version)
+        for module in modules
+        for name, tensor in module._buffers.items()
+        if tensor is not None and name not in module._non_persistent_buffers_set and not tensor.is_inference()
+    ]

@@ -15,7 +15,7 @@ from distill_models import Dense, Net, Text, assert_same, everything_of, hooks, 
 from torch import Tensor, nn
 
 import fastkd
-from fastkd.distill import Distiller, Focal, OfBatch, Term
+from fastkd.distill import Distiller, Focal, OfBatch, Term, next_token_labels
 
 
 def soft(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -84,10 +84,6 @@ def test_dense_maps() -> None:
     torch.testing.assert_close(loss, want)
 
 
-def next_tokens(batch: dict[str, Tensor]) -> Tensor:
-    return F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
-
-
 def test_text() -> None:
     """A mapping, an output with logits, labels that are shifted, a mask from the batch, tied weights, attention."""
     student, teacher, batch = Text(6, 1), Text(8, 2), texts()
@@ -99,7 +95,7 @@ def test_text() -> None:
         Term(relations, ["layers.0:input"], ["layers.1:input"], mask=OfBatch(flat_mask), relation_heads=2),
     ]
     before = everything_of(teacher)
-    distiller = Distiller(student, teacher, terms, labels=next_tokens).prepare(batch)
+    distiller = Distiller(student, teacher, terms, labels=next_token_labels).prepare(batch)
     loss, parts = distiller.loss(batch)
     loss.backward()
 
@@ -107,10 +103,10 @@ def test_text() -> None:
     own, taught = student(**ids), quiet(teacher)(**ids)
     adapted = distiller.adapters["hint_loss/layers_0"](own.hidden_states[1])
     keep = batch["attention_mask"].bool()
+    shifted = batch["labels"].roll(-1, 1)
+    shifted[:, -1] = -100
     want = {
-        "kd_loss": fastkd.kd_loss(
-            own.logits, taught.logits, next_tokens(batch), temperature=2.0, divergence="reverse_kl"
-        ),
+        "kd_loss": fastkd.kd_loss(own.logits, taught.logits, shifted, temperature=2.0, divergence="reverse_kl"),
         "hint_loss/layers.0": F.mse_loss(adapted[keep], taught.hidden_states[2][keep]),
         "relations/layers.0:input": relations(own.hidden_states[:1], taught.hidden_states[1:2], keep, 2),
     }
@@ -293,6 +289,22 @@ def test_a_forward_of_ones_own() -> None:
     )
     want = soft(student.head(student.body(x) * 2), teacher.head(teacher.body(x) * 2), 1.0)
     torch.testing.assert_close(distiller.loss((x, y))[0], want)
+
+
+def test_a_list_is_one_argument() -> None:
+    """As detectors take images of different sizes."""
+
+    class Images(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, images: list[Tensor]) -> Tensor:
+            return self.scale * torch.stack([image.sum() for image in images])
+
+    batch = ([torch.ones(2, 2), torch.ones(3, 1)],)
+    loss, _ = Distiller(Images(), None, [Term(energy, teacher=None)]).loss(batch)
+    assert loss == (16 + 9) / 2
 
 
 def test_nothing_is_kept_after_a_step() -> None:

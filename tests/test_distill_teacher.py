@@ -188,6 +188,8 @@ def test_what_cannot_be_a_student_or_a_teacher() -> None:
         Distiller(student, None, [TERM])
     with pytest.raises(ValueError, match="teacher must have names without a slash, got 'a/b'"):
         Distiller(student, {"a/b": Net(6)}, [TERM])
+    with pytest.raises(ValueError, match=r"teacher must be None where there is none, got \[\]"):
+        Distiller(student, [], [TERM])
     for path in ("body", "2/body"):
         with pytest.raises(ValueError, match=f"teacher must begin with '0/' or '1/', got '{path}'"):
             Distiller(student, [Net(6), Net(6)], [Term(fastkd.cka_loss, "body", path)])

@@ -87,13 +87,17 @@ def test_a_graph_that_is_older_than_the_hooks() -> None:
 
 @pytest.mark.usefixtures("_fresh")
 def test_hooks_of_a_compiled_model_are_gone_after_an_exception() -> None:
-    inside = Net(4)
+    inside = Net(4).eval()
     model = torch.compile(inside, backend="aot_eager")
     capture = Capture(model, ["body", "head:input"])
     assert hooks(inside) == 2
+    x = torch.randn(2, 8)
+    capture(x)
     with pytest.raises(Exception, match="reduction dim"):
         capture(torch.randn(2, 3))
     assert hooks(inside) == 0
+    for _ in range(2):
+        torch.testing.assert_close(capture(x)["head:input"], inside.body(x))
 
 
 @pytest.mark.usefixtures("_fresh")

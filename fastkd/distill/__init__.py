@@ -1,6 +1,6 @@
 """Distillation of whole models: what is captured in them, the terms of the loss, teachers that stay as they are."""
 
-from .batches import OfBatch
+from .batches import OfBatch, next_token_labels
 from .capture import Capture
 from .distiller import Distiller
 from .hard_samples import WSLD, Focal, LossQuantile, TeacherGap
@@ -27,4 +27,5 @@ __all__ = [
     "Term",
     "Warmup",
     "init_from_teacher",
+    "next_token_labels",
 ]

@@ -25,16 +25,29 @@ def labels_of(batch: Any) -> Any:
     return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
 
 
+def next_token_labels(batch: Mapping[str, Tensor], ignore_index: int = -100) -> Tensor:
+    """For ``labels`` of a :class:`Distiller`: ``batch["labels"]``, which are the input ids, as the logits predict them.
+
+    Each position gets the next one's label, and the last ``ignore_index``. Logits are never shifted: that copies them.
+
+    Example:
+        >>> import torch
+        >>> next_token_labels({"labels": torch.tensor([[5, 6, 7]])})
+        tensor([[   6,    7, -100]])
+    """
+    return nn.functional.pad(batch[LABELS][..., 1:], (0, 1), value=ignore_index)
+
+
 def cached_of(batch: Any) -> Mapping[str, Any] | None:
     """``batch["teacher_outputs"]``"""
     return batch.get(TEACHER_OUTPUTS) if isinstance(batch, Mapping) else None
 
 
 def call(model: nn.Module, inputs: Any) -> Any:
-    """With a mapping as keyword arguments, a tuple as positional ones, anything else as the one argument."""
+    """With a mapping as keyword arguments, a tuple as positional ones, anything else (a list too) as the one."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def mapped(change: Callable[[Tensor], Tensor], value: Any) -> Any:

@@ -43,7 +43,8 @@ class Distiller(nn.Module):
         inputs: A function of the batch that returns what the models are called with: a dict of keyword arguments, a
             tuple of arguments, or the one argument. By default the first item of a tuple, or all of a mapping but
             ``"labels"``.
-        labels: A function of the batch; by default the second item, or ``"labels"``.
+        labels: A function of the batch; by default the second item, or ``"labels"``. Where these are the input ids of a
+            language model: :func:`next_token_labels`.
         teacher_inputs: A function of the batch for the teachers, if they take other inputs; or a dict of them by
             teacher.
         forward: A function of model and inputs, instead of the call; it returns the model's output.
@@ -104,6 +105,8 @@ class Distiller(nn.Module):
             _checks.bad_value(
                 "Distiller", "student", "have a parameter that learns (are student and teacher swapped?)", "none"
             )
+        if isinstance(teacher, (Sequence, Mapping)) and not teacher:
+            _checks.bad_value("Distiller", "teacher", "be None where there is none", teacher)
         if isinstance(student, DistributedDataParallel) and any(term.adapt is not None for term in self.terms):
             rule = "not be wrapped where adapters learn too: DistributedDataParallel(distiller)"
             _checks.bad_value("Distiller", "student", rule, type(student).__name__)

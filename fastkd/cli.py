@@ -60,7 +60,8 @@ def _parser() -> argparse.ArgumentParser:
     demo_parser.add_argument(
         "--all",
         action="store_true",
-        help="more students: of the teacher's features and relations, and one for whom no logits are stored",
+        help="more students: of the teacher's features and relations, one for whom no logits are stored, one of an "
+        "int8 teacher; and networks with int8 layers",
     )
 
     summary = "run a bench of the source tree"
@@ -105,7 +106,10 @@ def demo(options: argparse.Namespace) -> int:
         settings = replace(settings, seeds=tuple(options.seeds))
     if options.all:
         settings = replace(
-            settings, digits=replace(settings.digits, terms=True), text=replace(settings.text, heads=True)
+            settings,
+            digits=replace(settings.digits, terms=True),
+            text=replace(settings.text, heads=True, int8=True),
+            int8=True,
         )
     return package.run(options.out, package.PARTS if options.only is None else (options.only,), settings)
 

@@ -145,6 +145,7 @@ def test_demo_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [(tmp_path, ("digits",), demo.Settings(seeds=(3, 4)))]
     cli.main(["demo", "--all"])
     plain, everything = demo.Settings(), seen.pop()[2]
-    assert everything == replace(plain, digits=replace(plain.digits, terms=True), text=replace(plain.text, heads=True))
+    text = replace(plain.text, heads=True, int8=True)
+    assert everything == replace(plain, digits=replace(plain.digits, terms=True), text=text, int8=True)
     cli.main(["demo"])
     assert seen[1] == (Path("fastkd-demo"), demo.PARTS, demo.Settings())

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from . import digits, plot, report, text
+from . import digits, int8, plot, report, text
 from .settings import PARTS, Settings
 
 __all__ = ["PARTS", "Settings", "run"]
@@ -24,6 +24,7 @@ def run(out: Path, parts: Sequence[str] = PARTS, settings: Settings | None = Non
     with Progress(*columns, console=console) as progress:
         digits_result = digits.run(settings.digits, settings.seeds, progress) if "digits" in parts else None
         text_result = text.run(settings.text, settings.seeds[0], progress) if "text" in parts else None
+        int8_rows = int8.run(settings, parts, progress) if settings.int8 else []
 
     problems = []
     if digits_result is not None:
@@ -32,9 +33,11 @@ def run(out: Path, parts: Sequence[str] = PARTS, settings: Settings | None = Non
     if text_result is not None:
         report.print_text(console, text_result)
         problems.append(text_result.problem())
+    if int8_rows:
+        int8.print_rows(console, int8_rows)
     # Written after a failure too: the curves say more than the message.
-    report.write_json(out / "demo.json", settings, digits_result, text_result)
-    plot.draw(out / "demo.png", digits_result, text_result)
+    report.write_json(out / "demo.json", settings, digits_result, text_result, int8_rows)
+    plot.draw(out / "demo.png", digits_result, text_result, int8_rows)
     console.print(f"Wrote {out / 'demo.json'} and {out / 'demo.png'}", highlight=False, soft_wrap=True)
 
     failures = [problem for problem in problems if problem is not None]

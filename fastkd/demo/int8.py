@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
 from .. import int8
 from . import digits, text
-from .corpus import Corpus, draw, load
-from .language_model import LanguageModel
+from .corpus import draw, load
+from .language_model import LanguageModel, WithHead
 from .settings import DigitsSettings, Settings, TextSettings
 
 BATCHES = (1, 32)
@@ -23,17 +26,23 @@ REPEAT = 7
 
 @dataclass(frozen=True)
 class Int8Row:
-    """One network, before and after :func:`fastkd.int8.quantize_`."""
+    """One network, before and after :func:`fastkd.int8.quantize_`; sizes and times are those of the first seed."""
 
     name: str
     metric: str
-    float_score: float
-    int8_score: float
+    float_score: list[float]  # one per seed
+    int8_score: list[float]
+    sqnr: list[float]  # of the outputs of the largest batch, in dB
     float_bytes: int
     int8_bytes: int
-    sqnr: float  # of the outputs of the largest batch, in dB
     float_milliseconds: dict[int, float]  # by the size of the batch
     int8_milliseconds: dict[int, float]
+
+    def means(self) -> dict[str, tuple[float, float]]:
+        """Mean and spread, also of what each network loses."""
+        change = [after - before for before, after in zip(self.float_score, self.int8_score, strict=True)]
+        columns = {"float": self.float_score, "int8": self.int8_score, "change": change, "sqnr": self.sqnr}
+        return {name: (statistics.fmean(values), digits.spread(values)) for name, values in columns.items()}
 
 
 class ConvNetwork(nn.Module):
@@ -54,97 +63,116 @@ class ConvNetwork(nn.Module):
         return logits
 
 
-class WithHead(nn.Module):
-    """The language model with its output as a layer of its own, which shares its weight with the embedding."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        super().__init__()
-        self.model = model
-        vocabulary, width = model.token.weight.shape
-        self.head = nn.Linear(width, vocabulary, device="meta")
-        self.head.weight, self.head.bias = model.token.weight, model.bias
-
-    def forward(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.model.hidden(ids))
-        return logits
-
-
-def run(settings: Settings) -> list[Int8Row]:
-    """Train a few small networks, and measure each as it was trained and with int8 layers."""
-    seed = settings.seeds[0]
-    corpus = load(settings.text.vocabulary, settings.text.source_files)
-    return [
-        *of_digits(settings.digits, seed),
-        of_text(trained_text(settings.text, corpus, seed), settings.text, corpus),
-    ]
-
-
-@digits.one_thread()
-def of_digits(settings: DigitsSettings, seed: int) -> list[Int8Row]:
-    data = digits.load()
-    rows = torch.arange(len(data.train))
-    torch.manual_seed(seed)
-    networks = {"digits, linear": digits.network(settings.teacher_hidden, seed), "digits, convolutions": ConvNetwork()}
+def run(settings: Settings, parts: Sequence[str], progress: Progress) -> list[Int8Row]:
+    """Train small networks with each seed, and measure each as it was trained and with int8 layers."""
     found = []
-    for name, network in networks.items():
-        loss, steps = digits.labels_loss(data), settings.teacher_steps
-        for _ in digits.train(network, loss, data, rows, steps, settings.batch, settings.teacher_lr, seed):
-            pass
-        found.append(
-            compare(name, network, "accuracy %", lambda model: digits.accuracy(model, data), lambda n: data.test[:n])
-        )
+    if "digits" in parts:
+        found += of_digits(settings.digits, settings.seeds, progress)
+    if "text" in parts:
+        found.append(of_text(settings.text, settings.seeds, progress))
     return found
 
 
-def trained_text(settings: TextSettings, corpus: Corpus, seed: int) -> LanguageModel:
-    """A student, from labels alone."""
-    torch.manual_seed(seed)
-    model = LanguageModel(corpus.log_frequency(), settings.window, settings.student_width)
-    for _ in text.train_on_labels(model, settings, corpus, settings.student_steps, settings.student_lr, seed):
-        pass
-    return model
+@digits.one_thread()
+def of_digits(settings: DigitsSettings, seeds: Sequence[int], progress: Progress) -> list[Int8Row]:
+    data = digits.load()
+    everything, loss = torch.arange(len(data.train)), digits.labels_loss(data)
+    kinds: dict[str, Callable[[], nn.Module]] = {
+        "digits, linear": lambda: digits.Network(settings.teacher_hidden),
+        "digits, convolutions": ConvNetwork,
+    }
+    bar = progress.add_task("int8: digits", total=len(kinds) * len(seeds) * settings.teacher_steps)
+
+    def trained(kind: str, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        network = kinds[kind]()
+        numbers = settings.teacher_steps, settings.batch, settings.teacher_lr, seed
+        for _ in digits.train(network, loss, data, everything, *numbers):
+            progress.advance(bar)
+        return network
+
+    return [
+        compare(
+            kind,
+            "accuracy %",
+            [partial(trained, kind, seed) for seed in seeds],
+            lambda model: digits.accuracy(model, data),
+            lambda n: data.test[:n],
+        )
+        for kind in kinds
+    ]
 
 
-def of_text(model: LanguageModel, settings: TextSettings, corpus: Corpus) -> Int8Row:
+def of_text(settings: TextSettings, seeds: Sequence[int], progress: Progress) -> Int8Row:
+    """Students of labels alone."""
+    corpus = load(settings.vocabulary, settings.source_files)
     inputs, _ = draw(corpus.held_out, max(BATCHES), settings.window, torch.Generator().manual_seed(0))
+    bar = progress.add_task("int8: text", total=len(seeds) * settings.student_steps)
+
+    def trained(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        model = LanguageModel(corpus.log_frequency(), settings.window, settings.student_width)
+        for _ in text.train_on_labels(model, settings, corpus, settings.student_steps, settings.student_lr, seed):
+            progress.advance(bar)
+        return WithHead(model)
+
     return compare(
         "text, transformer",
-        WithHead(model),
         "nats per token",
+        [partial(trained, seed) for seed in seeds],
         lambda model: text.held_out_loss(model, settings, corpus),
         lambda n: inputs[:n],
     )
 
 
 def compare(
-    name: str, network: nn.Module, metric: str, score: Callable[[nn.Module], float], batch: Callable[[int], Tensor]
+    name: str,
+    metric: str,
+    networks: Sequence[Callable[[], nn.Module]],
+    score: Callable[[nn.Module], float],
+    batch: Callable[[int], Tensor],
 ) -> Int8Row:
-    rounded = copy.deepcopy(network.eval())
-    int8.quantize_(rounded)
-    reports = {n: int8.report(rounded, network, batch(n), repeat=REPEAT) for n in BATCHES}
-    largest = reports[max(BATCHES)]
+    scores: list[tuple[float, float]] = []
+    reports: list[dict[int, int8.Report]] = []
+    for make in networks:
+        network = make().eval()
+        rounded = copy.deepcopy(network)
+        int8.quantize_(rounded)
+        repeat = 0 if reports else REPEAT
+        reports.append({n: int8.report(rounded, network, batch(n), repeat=repeat) for n in BATCHES})
+        scores.append((score(network), score(rounded)))
+    first = reports[0]
+    before, after = zip(*scores, strict=True)
     return Int8Row(
         name=name,
         metric=metric,
-        float_score=score(network),
-        int8_score=score(rounded),
-        float_bytes=largest.float_bytes,
-        int8_bytes=largest.bytes,
-        sqnr=largest.sqnr,
-        float_milliseconds={n: report.float_milliseconds or 0.0 for n, report in reports.items()},
-        int8_milliseconds={n: report.milliseconds or 0.0 for n, report in reports.items()},
+        float_score=list(before),
+        int8_score=list(after),
+        sqnr=[report[max(BATCHES)].sqnr for report in reports],
+        float_bytes=first[max(BATCHES)].float_bytes,
+        int8_bytes=first[max(BATCHES)].bytes,
+        float_milliseconds={n: report.float_milliseconds or 0.0 for n, report in first.items()},
+        int8_milliseconds={n: report.milliseconds or 0.0 for n, report in first.items()},
     )
 
 
-def print_rows(console: Console, rows: list[Int8Row]) -> None:
+def print_rows(console: Console, rows: Sequence[Int8Row]) -> None:
     table = Table(title="The same networks with int8 layers", title_style="bold")
     table.add_column("network")
-    headings = ["score", "float", "int8", "SQNR dB", "KiB float", "KiB int8"]
+    headings = ["score", "float", "int8", "change", "SQNR dB", "KiB float / int8"]
     for heading in [*headings, *(f"ms, batch {n}: float / int8" for n in BATCHES)]:
         table.add_column(heading, justify="right")
     for row in rows:
         times = [f"{row.float_milliseconds[n]:.3f} / {row.int8_milliseconds[n]:.3f}" for n in BATCHES]
-        sizes = [f"{size / 1024:,.0f}" for size in (row.float_bytes, row.int8_bytes)]
-        scores = [f"{row.float_score:.2f}", f"{row.int8_score:.2f}", f"{row.sqnr:.1f}"]
-        table.add_row(row.name, row.metric, *scores, *sizes, *times)
+        size = f"{row.float_bytes / 1024:,.0f} / {row.int8_bytes / 1024:,.0f}"
+        means = row.means()
+        shown = [_shown(means[name], 1 if name == "sqnr" else 2) for name in ("float", "int8", "change", "sqnr")]
+        table.add_row(row.name, row.metric, *shown, size, *times)
+    seeds = len(rows[0].float_score) if rows else 0
+    table.caption = f"Mean ± standard deviation of {seeds} seeds; no batch was seen before, every layer is Dynamic()."
     console.print(table)
+
+
+def _shown(mean_and_spread: tuple[float, float], digits: int) -> str:
+    mean, std = mean_and_spread
+    return f"{mean:.{digits}f} ± {std:.{digits}f}"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .. import int8
 
 
 class LanguageModel(nn.Module):
@@ -41,3 +45,25 @@ class LanguageModel(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         heads_joined: Tensor = self.mix(mixed.transpose(1, 2).flatten(2))
         return heads_joined
+
+
+class WithHead(nn.Module):
+    """The language model with its output as a layer of its own, which shares its weight with the embedding."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+        vocabulary, width = model.token.weight.shape
+        self.head = nn.Linear(width, vocabulary, device="meta")
+        self.head.weight, self.head.bias = model.token.weight, model.bias
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.model.hidden(ids))
+        return logits
+
+
+def rounded(model: LanguageModel) -> WithHead:
+    """A copy whose layers are int8, the output too."""
+    copied = copy.deepcopy(WithHead(model)).eval()
+    int8.quantize_(copied)
+    return copied

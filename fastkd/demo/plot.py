@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -12,13 +12,14 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from .digits import DigitsResult
+from .int8 import Int8Row
 from .report import ratio
 from .text import TextResult
 
-GREY, BLUE, ORANGE, GREEN, VIOLET = "#8a8f98", "#2563a8", "#d97706", "#15803d", "#7c3aed"
+GREY, BLUE, ORANGE, GREEN, VIOLET, RED = "#8a8f98", "#2563a8", "#d97706", "#15803d", "#7c3aed", "#be123c"
 
 
-def draw(path: Path, digits: DigitsResult | None, text: TextResult | None) -> None:
+def draw(path: Path, digits: DigitsResult | None, text: TextResult | None, int8: Sequence[Int8Row] = ()) -> None:
     panels: list[Callable[[Axes], None]] = []
     if digits is not None:
         panels.append(lambda axes: _accuracy(axes, digits))
@@ -30,6 +31,8 @@ def draw(path: Path, digits: DigitsResult | None, text: TextResult | None) -> No
             lambda axes: _costs(axes, text),
             lambda axes: _held_out(axes, text),
         ]
+    if int8:
+        panels.append(lambda axes: _int8(axes, int8))
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(
@@ -85,6 +88,8 @@ def _curves(axes: Axes, result: TextResult) -> None:
     if result.heads is not None:
         label = "fastkd.kd_loss of heads"
         axes.plot(steps, result.heads.losses, color=VIOLET, linewidth=1.5, linestyle=(0, (2, 2)), label=label)
+    if result.int8 is not None:
+        axes.plot(steps, result.int8.losses, color=RED, linewidth=1, label="the same, int8 teacher")
     axes.set_xlabel("training step")
     axes.set_ylabel("distillation loss (nats per token)")
     axes.set_title(f"The same curve: largest relative difference {result.largest_difference:.0e}")
@@ -103,10 +108,12 @@ def _costs(axes: Axes, result: TextResult) -> None:
     bars = [(result.eager, ORANGE, "eager PyTorch"), (result.fastkd, BLUE, "fastkd")]
     if result.heads is not None:
         bars.append((result.heads, VIOLET, "fastkd, heads"))
+    if result.int8 is not None:
+        bars.append((result.int8, RED, "int8 teacher"))
     width = 0.76 / len(bars)
     for place, (_, field, unit) in enumerate(shown):
         for number, (curve, colour, _) in enumerate(bars):
-            if curve is result.heads and field == "loss_milliseconds":
+            if curve in (result.heads, result.int8) and field == "loss_milliseconds":
                 continue  # the matmuls of the heads are in it, which the others do elsewhere
             value = getattr(curve, field)
             across, share = place + (number - (len(bars) - 1) / 2) * width, 100 * value / getattr(result.eager, field)
@@ -115,10 +122,10 @@ def _costs(axes: Axes, result: TextResult) -> None:
     for _, colour, label in bars:
         axes.bar(0, 0, color=colour, label=label)
     axes.set_xticks(range(len(shown)), [name for name, _, _ in shown])
-    axes.set_ylim(0, 125)
+    axes.set_ylim(0, 125 if len(bars) < 4 else 140)
     axes.set_ylabel("relative to eager (%)")
     axes.set_title(f"What it costs: {result.rows_per_step} tokens, vocabulary {result.vocabulary:,}")
-    axes.legend(frameon=False, loc="upper right", ncols=len(bars))
+    axes.legend(frameon=False, loc="upper right", ncols=2 if len(bars) > 3 else len(bars))
 
 
 def _held_out(axes: Axes, result: TextResult) -> None:
@@ -129,7 +136,9 @@ def _held_out(axes: Axes, result: TextResult) -> None:
         ("student, eager KD", held_out.student_eager, ORANGE),
         ("student, fastkd", held_out.student_fastkd, BLUE),
         ("student, fastkd, heads", held_out.student_heads, VIOLET),
+        ("student, int8 teacher", held_out.student_int8, RED),
         ("teacher", held_out.teacher, GREEN),
+        ("teacher, int8", held_out.teacher_int8, RED),
     )
     points = [(name, loss, colour) for name, loss, colour in every if loss is not None]
     lowest, highest = (choose(loss for _, loss, _ in points) for choose in (min, max))
@@ -142,3 +151,29 @@ def _held_out(axes: Axes, result: TextResult) -> None:
     axes.grid(alpha=0.25)
     axes.set_xlabel("held-out cross-entropy (nats per token), lower is better")
     axes.set_title(f"What the student learned in {len(result.fastkd.losses)} steps")
+
+
+def _int8(axes: Axes, rows: Sequence[Int8Row]) -> None:
+    """Bars relative to float; the numbers stand on the bars."""
+    every = [
+        ("size", GREY, [(row.float_bytes / 1024, row.int8_bytes / 1024, "KiB") for row in rows]),
+        *(
+            (f"time, batch {n}", colour, [(row.float_milliseconds[n], row.int8_milliseconds[n], "ms") for row in rows])
+            for n, colour in zip(rows[0].int8_milliseconds, (BLUE, RED), strict=True)
+        ),
+    ]
+    for number, (label, colour, values) in enumerate(every):
+        for place, (before, after, unit) in enumerate(values):
+            across, share = place + 0.27 * (number - 1), 100 * after / before
+            axes.bar(across, share, width=0.24, color=colour, alpha=0.85, label=label if place == 0 else "")
+            text = f"{after:,.0f}" if after >= 100 else f"{after:.3g}"
+            axes.annotate(
+                f"{text}\n{unit}", (across, share), (0, 3), textcoords="offset points", ha="center", fontsize=8
+            )
+    axes.axhline(100, color=GREY, linestyle="--", linewidth=1)
+    names = [f"{row.name}\n{row.means()['float'][0]:.2f} to {row.means()['int8'][0]:.2f} {row.metric}" for row in rows]
+    axes.set_xticks(range(len(rows)), names, fontsize=8)
+    axes.set_ylim(0, 135)
+    axes.set_ylabel("relative to float (%)")
+    axes.set_title("The same networks with int8 layers")
+    axes.legend(frameon=False, loc="upper right", ncols=3)

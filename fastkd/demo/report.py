@@ -16,13 +16,16 @@ from rich.table import Table
 from ..cli import versions
 from . import memory
 from .digits import DigitsResult, spread
+from .int8 import Int8Row
 from .settings import Settings
 from .text import Curve, TextResult
 
 MEASURED = ("loss_milliseconds", "step_milliseconds", "peak_megabytes")
 
 
-def write_json(path: Path, settings: Settings, digits: DigitsResult | None, text: TextResult | None) -> None:
+def write_json(
+    path: Path, settings: Settings, digits: DigitsResult | None, text: TextResult | None, int8: Sequence[Int8Row] = ()
+) -> None:
     report: dict[str, Any] = {"versions": versions(), "settings": dataclasses.asdict(settings)}
     if digits is not None:
         means = {name: mean_and_spread(values) for name, values in students(digits).items()}
@@ -34,9 +37,12 @@ def write_json(path: Path, settings: Settings, digits: DigitsResult | None, text
             **fields,
             "ratio": ratios(text, text.fastkd),
             **({} if text.heads is None else {"heads_ratio": ratios(text, text.heads)}),
+            **({} if text.int8 is None else {"int8_ratio": ratios(text, text.int8)}),
             "perplexity": {name: math.exp(loss) for name, loss in fields["held_out"].items()},
             "peak_megabytes_is": memory.MEANING,
         }
+    if int8:
+        report["int8"] = {row.name: {**dataclasses.asdict(row), "mean_and_spread": row.means()} for row in int8}
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
@@ -108,8 +114,9 @@ def _cost_table(result: TextResult) -> Table:
         values = [_measured(curve, field, unit) for curve in curves.values()]
         quotients = [ratio(result, curves[other], field) for other in others]
         shown = ["" if quotient is None else f"[bold green]{quotient:.1f} x[/]" for quotient in quotients]
-        if field == "loss_milliseconds" and result.heads is not None:  # that has the heads' matmuls in it
-            values[-1], shown[-1] = f"{values[-1]} *", ""
+        for place, other in enumerate(others):
+            if field == "loss_milliseconds" and other != "fastkd":  # that has the heads' matmuls in it
+                values[1 + place], shown[place] = f"{values[1 + place]} *", ""
         table.add_row(name, *values, *shown)
 
     row("loss, forward and backward", "loss_milliseconds", "ms")
@@ -124,8 +131,16 @@ def _cost_table(result: TextResult) -> Table:
     )
     if result.heads is not None:
         table.caption += (
-            " heads: hidden states and output matrices instead of logits, which are computed a few rows at a time. "
-            "* The matmuls of both heads are in this time; for the others they are in the whole step alone."
+            " heads: hidden states and output matrices instead of logits, which are computed a few rows at a time."
+        )
+    if result.int8 is not None:
+        table.caption += (
+            " int8 teacher: as heads, from a teacher whose layers are int8, its output matrix too: another teacher, "
+            f"whose losses differ from eager's by {result.int8_difference:.1e} at most (relative)."
+        )
+    if len(others) > 1:
+        table.caption += (
+            " * The matmuls of both heads are in this time; for the others they are in the whole step alone."
         )
     return table
 
@@ -145,11 +160,13 @@ def _learning_table(result: TextResult) -> Table:
     for name, parameters, trained, loss in (
         ("token frequencies", "", "", held_out.token_frequencies),
         ("teacher", teacher, str(result.teacher_steps), held_out.teacher),
+        ("teacher with int8 layers", teacher, str(result.teacher_steps), held_out.teacher_int8),
         ("student before training", student, "0", held_out.student_untrained),
         ("student, labels alone", student, steps, held_out.student_labels_alone),
         ("student, eager loss", student, steps, held_out.student_eager),
         ("student, fastkd.kd_loss", student, steps, held_out.student_fastkd),
         ("student, fastkd.kd_loss of heads", student, steps, held_out.student_heads),
+        ("student, the same of the int8 teacher", student, steps, held_out.student_int8),
     ):
         if loss is None:
             continue

@@ -40,6 +40,7 @@ class TextSettings:
     compared_steps: int = 50  # the curves have to agree over this many first steps
     tolerance: float = 1e-3
     heads: bool = False  # a third student, for whom no logits are stored
+    int8: bool = False  # a fourth one, whose teacher is int8
 
 
 @dataclass(frozen=True)
@@ -47,3 +48,4 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)  # the digits take all, the text the first
     digits: DigitsSettings = field(default_factory=DigitsSettings)
     text: TextSettings = field(default_factory=TextSettings)
+    int8: bool = False  # the networks of both parts with int8 layers

@@ -1,6 +1,7 @@
 """A vocabulary of 32k: one student trained twice, with the loss people write today and with ``fastkd.kd_loss``.
 
-If asked for, a third time with :class:`fastkd.Head` in place of the logits.
+If asked for, a third time with :class:`fastkd.Head` in place of the logits, and a fourth time like that from a teacher
+whose layers are int8.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ import fastkd
 from .. import native
 from . import memory
 from .corpus import IGNORE, Corpus, draw, load
-from .language_model import LanguageModel
+from .language_model import LanguageModel, WithHead, rounded
 from .settings import TextSettings
 
 Loss: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]  # of the student's logits, the teacher's and the target
 HeadsLoss: TypeAlias = Callable[[fastkd.Head, fastkd.Head, Tensor], Tensor]
 Timed: TypeAlias = tuple[Tensor, float]  # a loss, and the seconds that it and its gradient took
+INT8 = "int8 teacher"
 WARM_UP = 2  # first steps, which the medians leave out
 
 
@@ -58,6 +60,8 @@ class HeldOut:
     student_eager: float
     student_fastkd: float
     student_heads: float | None = None  # None: not trained
+    teacher_int8: float | None = None
+    student_int8: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,17 +83,23 @@ class TextResult:
     held_out: HeldOut
     seconds: float
     heads: Curve | None = None  # with logits that are not stored
+    int8: Curve | None = None  # the same, of a teacher that is int8
+    int8_difference: float | None = None  # of its losses from eager's, relative
 
     def curves(self) -> dict[str, Curve]:
         """By the name of the one who computed the loss."""
-        curves = {"eager": self.eager, "fastkd": self.fastkd}
-        return curves if self.heads is None else {**curves, "heads": self.heads}
+        curves = {"eager": self.eager, "fastkd": self.fastkd, "heads": self.heads, INT8: self.int8}
+        return {name: curve for name, curve in curves.items() if curve is not None}
+
+    def compared(self) -> list[str]:
+        """Those that have the same teacher, and so the same losses."""
+        return [name for name in self.curves() if name != INT8]
 
     def problem(self) -> str | None:
         """Why this is no success: all ways have to give the same number, step after step."""
         if self.largest_difference <= self.tolerance:  # False of NaN
             return None
-        *names, last = self.curves()
+        *names, last = self.compared()
         return (
             f"text: the losses of {', '.join(names)} and {last} differ by {self.largest_difference:.1e} (relative) "
             f"within {self.compared_steps} steps, allowed is {self.tolerance:.0e}"
@@ -111,15 +121,35 @@ def run(settings: TextSettings, seed: int, progress: Progress) -> TextResult:
     bar = progress.add_task("text: student, labels alone", total=settings.student_steps)
     for _ in train_on_labels(alone, settings, corpus, settings.student_steps, settings.student_lr, seed):
         progress.advance(bar)
-    ways: list[Way] = [Logits(eager_loss(settings)), Logits(fastkd_loss(settings))]
+    ways: dict[str, Way] = {"eager": Logits(eager_loss(settings)), "fastkd": Logits(fastkd_loss(settings))}
     if settings.heads:
-        ways.append(Heads(heads_loss(settings)))
-    students = [Student(settings, corpus, way, seed) for way in ways]
-    names = "eager, fastkd and heads" if settings.heads else "eager and fastkd"
-    bar = progress.add_task(f"text: student, {names} in turns", total=settings.student_steps)
-    for _ in train_in_turns(students, teacher, settings, corpus, seed):
+        ways["heads"] = Heads(heads_loss(settings))
+    if settings.int8:
+        ways[INT8] = RoundedHeads(heads_loss(settings), rounded(teacher))
+    students = {name: Student(settings, corpus, way, seed) for name, way in ways.items()}
+    bar = progress.add_task(f"text: students in turns: {', '.join(ways)}", total=settings.student_steps)
+    for _ in train_in_turns(list(students.values()), teacher, settings, corpus, seed):
         progress.advance(bar)
-    eager, fast, *rest = students
+    return _result(settings, corpus, teacher, alone, untrained, students, started)
+
+
+def _result(
+    settings: TextSettings,
+    corpus: Corpus,
+    teacher: LanguageModel,
+    alone: LanguageModel,
+    untrained: float,
+    students: dict[str, Student],
+    started: float,
+) -> TextResult:
+    eager, fast, heads, int8 = (students.get(name) for name in ("eager", "fastkd", "heads", INT8))
+    assert eager is not None
+    assert fast is not None
+
+    def difference(*others: Student | None) -> float:
+        return max_or_nan(
+            largest_difference(eager.losses, other.losses, settings.compared_steps) for other in others if other
+        )
 
     return TextResult(
         vocabulary=corpus.vocabulary,
@@ -133,9 +163,7 @@ def run(settings: TextSettings, seed: int, progress: Progress) -> TextResult:
         teacher_steps=settings.teacher_steps,
         eager=eager.curve(),
         fastkd=fast.curve(),
-        largest_difference=max_or_nan(
-            largest_difference(eager.losses, other.losses, settings.compared_steps) for other in (fast, *rest)
-        ),
+        largest_difference=difference(fast, heads),
         compared_steps=min(settings.compared_steps, settings.student_steps),
         tolerance=settings.tolerance,
         held_out=HeldOut(
@@ -145,10 +173,14 @@ def run(settings: TextSettings, seed: int, progress: Progress) -> TextResult:
             student_labels_alone=held_out_loss(alone, settings, corpus),
             student_eager=held_out_loss(eager.model, settings, corpus),
             student_fastkd=held_out_loss(fast.model, settings, corpus),
-            student_heads=held_out_loss(rest[0].model, settings, corpus) if rest else None,
+            student_heads=held_out_loss(heads.model, settings, corpus) if heads else None,
+            teacher_int8=held_out_loss(rounded(teacher), settings, corpus) if int8 else None,
+            student_int8=held_out_loss(int8.model, settings, corpus) if int8 else None,
         ),
         seconds=time.perf_counter() - started,
-        heads=rest[0].curve() if rest else None,
+        heads=heads.curve() if heads else None,
+        int8=int8.curve() if int8 else None,
+        int8_difference=difference(int8) if int8 else None,
     )
 
 
@@ -217,17 +249,30 @@ class Heads:
 
     def backward(self, student: LanguageModel, teacher: LanguageModel, inputs: Tensor, target: Tensor) -> Timed:
         with torch.no_grad():
-            knowledge = teacher.hidden(inputs)
+            taught = self.taught(teacher, inputs)
         hidden = student.hidden(inputs)
         # A leaf of its own, because the head's weight is the embedding too, which hidden states lead back to.
         states, weights = hidden.detach().requires_grad_(), (student.token.weight, student.bias)
         started = time.perf_counter()
-        taught = fastkd.Head(knowledge, teacher.token.weight, teacher.bias)
         loss = self.loss(fastkd.Head(states, *weights), taught, target)
         loss.backward()
         seconds = time.perf_counter() - started
         hidden.backward(states.grad)
         return loss.detach(), seconds
+
+    def taught(self, teacher: LanguageModel, inputs: Tensor) -> fastkd.Head:
+        return fastkd.Head(teacher.hidden(inputs), teacher.token.weight, teacher.bias)
+
+
+class RoundedHeads(Heads):
+    """The same with a teacher that is int8, its head too, in place of the one that is given."""
+
+    def __init__(self, loss: HeadsLoss, teacher: WithHead) -> None:
+        super().__init__(loss)
+        self.teacher = teacher
+
+    def taught(self, teacher: LanguageModel, inputs: Tensor) -> fastkd.Head:
+        return fastkd.Head.from_layer(self.teacher.head, self.teacher.model.hidden(inputs))
 
 
 class Student:

@@ -6,7 +6,7 @@ teacher's, and its gradient goes through Q alone::
     T = P + P',  P_ij = d loss / d Q_ij         d loss / d x_i = 2 sum_j T_ij (x_i - x_j)
 
 An implementation has three pieces, and :func:`loss_of` puts them together. Everything is float64, unless the
-implementation asks for the student's rows as they are:
+implementation brings the teacher's Q, and takes the student's rows as they are:
 
 ``squares``   x (N, D) -> Q (N, N), symmetric, 0 on the diagonal. Each, however small, has the relative error of a sum
               of squared differences: |x_i|^2 + |x_j|^2 - 2 x_i . x_j has no digits left for close rows.
@@ -45,14 +45,15 @@ def loss_of(
     reduction: str,
     delta: float,
     normalize_rows: float,
-    wide: bool = True,
+    taught: Tensor | None = None,
 ) -> Result:
-    """The loss, of N to the ``power`` terms, and its gradient."""
+    """The loss, of N to the ``power`` terms, and its gradient. ``taught``: the teacher's Q, from rows as they are."""
     dtype = result_dtype(student, teacher)
-    x = widen(student.tensor) if wide else student.tensor
+    x = student.tensor if taught is not None else widen(student.tensor)
     units, lengths = unit_rows(x) if normalize_rows else (x, None)
-    of_teacher = _of_unit_rows(squares) if normalize_rows else _of_rows(squares)
-    total, slopes = pairs(squares(units), of_teacher(teacher), delta)
+    if taught is None:
+        taught = (_of_unit_rows(squares) if normalize_rows else _of_rows(squares))(teacher)
+    total, slopes = pairs(squares(units), taught, delta)
     terms = 1 if reduction == "sum" else max(1, len(x)) ** power
     loss = (total / terms).to(dtype)
     if not gradient:

@@ -12,7 +12,7 @@ from processes import run_ranks
 import fastkd
 
 TWO_RANKS = """
-    import os, sys, warnings
+    import functools, os, sys, warnings
     import torch, torch.distributed as dist
     warnings.filterwarnings("ignore")
     import fastkd
@@ -24,7 +24,9 @@ TWO_RANKS = """
     x, teacher = torch.randn(8, 5), torch.randn(8, 3)
     LOSSES = {
         "gram": fastkd.gram_loss, "cosine": fastkd.cosine_relation_loss, "cka": fastkd.cka_loss,
-        "similarity": fastkd.similarity_preserving_loss,
+        "similarity": fastkd.similarity_preserving_loss, "distance": fastkd.rkd_distance_loss,
+        "angle": fastkd.rkd_angle_loss, "pkt": fastkd.pkt_loss, "congruence": fastkd.correlation_congruence_loss,
+        "congruence of unit rows": functools.partial(fastkd.correlation_congruence_loss, normalize_rows=True),
     }
 
     def part_of(sizes):
@@ -125,7 +127,17 @@ def test_two_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "loss", [fastkd.gram_loss, fastkd.cosine_relation_loss, fastkd.similarity_preserving_loss, fastkd.cka_loss]
+    "loss",
+    [
+        fastkd.gram_loss,
+        fastkd.cosine_relation_loss,
+        fastkd.similarity_preserving_loss,
+        fastkd.cka_loss,
+        fastkd.rkd_distance_loss,
+        fastkd.rkd_angle_loss,
+        fastkd.pkt_loss,
+        fastkd.correlation_congruence_loss,
+    ],
 )
 def test_group_is_a_process_group(loss: object) -> None:
     assert callable(loss)

@@ -10,29 +10,40 @@ import torch
 from torch import Tensor
 
 from .. import _pairs
-from .._features import Features, Result
+from .._features import Features, Result, keep
 from . import _pairs_cuda, extension
 from .logit import CPU
 
 _C = extension()
 
+NEAR = 16  # powers of 2: even coincident rows are further apart than the root of the least float32
+
 
 def rkd_distance_loss(student: Features, teacher: Features, gradient: bool, **options: Any) -> Result:
-    """The student's rows stay float32, at half the price: no cosine magnifies an error of a distance here."""
+    """Rows stay float32, at half the price: no cosine magnifies an error of a distance here."""
     if student.tensor.is_cuda:
         return _pairs_cuda.rkd_distance_loss(student, teacher, gradient, **options)
-    rows = student.tensor.float()
-    if options["normalize_rows"] or rows.numel() == 0:
+    if options["normalize_rows"] or student.tensor.numel() == 0:
         return _pairs.loss_of(squares, distances, pull, student, teacher, gradient, power=2, **options)
-    scale = _scale(rows)  # that of the rows does not matter to the loss
-    scaled = Features((rows / scale).contiguous())
-    loss, slope = _pairs.loss_of(squares, distances, pull, scaled, teacher, gradient, wide=False, power=2, **options)
-    return loss, None if slope is None else slope.div_(scale)
+    scaled, scale = _scaled(student.tensor)
+    taught = keep(teacher, "squared_distances_of_floats", lambda: squares(_scaled(teacher.tensor)[0].tensor))
+    loss, slope = _pairs.loss_of(squares, distances, pull, scaled, teacher, gradient, taught=taught, power=2, **options)
+    return loss, slope if slope is None or scale == 1 else slope.div_(scale)
+
+
+def _scaled(x: Tensor) -> tuple[Features, float]:
+    """Rows in float32, whose squares do not leave its range; what they were divided by does not matter to the loss."""
+    rows = x.float()
+    scale = _scale(rows)
+    return Features((rows if scale == 1 else rows / scale).contiguous()), scale
 
 
 def _scale(rows: Tensor) -> float:
-    """A power of 2 that brings the largest difference near 1, so that no square leaves the range of float32."""
-    spread, largest = float((rows - rows[0]).abs_().amax()), float(rows.abs().amax())
+    """A power of 2 that brings the largest difference near 1; 1 where it is not far from that."""
+    high, low = rows.amax(0), rows.amin(0)
+    spread, largest = float((high - low).amax()), float(torch.maximum(high.abs(), low.abs()).amax())
+    if spread >= 2.0**-NEAR and largest <= 2.0**NEAR:
+        return 1.0
     exponent = max(math.frexp(spread)[1], math.frexp(largest)[1] - 100)  # nor do rows that are far from 0
     return math.ldexp(1.0, 127 if math.isinf(spread) else min(max(exponent, -126), 127))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -204,3 +205,23 @@ def test_arguments(loss: Loss, error: type[Exception], message: str, options: di
     with pytest.raises(error) as raised:
         loss(torch.ones(4, 3), torch.ones(4, 2), **options)
     assert str(raised.value) == f"{loss.__name__}: {message}"
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 9, 40])
+@pytest.mark.parametrize("eps", [1e-7, 1e-30, 0.5])
+def test_rows_of_cosines(n: int, eps: float) -> None:
+    """In float64, to its last digits: of probabilities that are nearly equal as well."""
+    generator = torch.Generator().manual_seed(n)
+    cosines = 2 * torch.rand(3, n, generator=generator).double() - 1
+    cosines[:, 0] = 1 + 1e-15  # a row's own, as rounding leaves it
+    cosines[0, 1:2] = -1
+    near = cosines + 1e-3 * torch.rand(3, n, generator=generator).double()
+    compare = {by: importlib.import_module(f"fastkd.{by}.similarity")._compare for by in ("algebra", "native")}
+    for other in (near, cosines.flip(0), cosines):
+        total, slopes = compare["native"](cosines, other, eps, True)
+        want, exact = compare["algebra"](cosines.clone(), other.clone(), eps, True)
+        torch.testing.assert_close(total, want, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(slopes, exact, rtol=1e-12, atol=1e-13 / eps)
+        assert torch.equal(compare["native"](cosines, other, eps, False)[0], total)
+    assert compare["native"](cosines, cosines, eps, False)[0] == 0

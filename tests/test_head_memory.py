@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 import fastkd
 from fastkd import Head
 
-N, H, V = 30, 4, 210
+N, H, V = 10, 4, 210
 ROW = V * 4
-WORKSPACE = 12 * ROW
+WORKSPACE = 4 * ROW
 LOGITS = N * ROW
 SMALL = 40 * N * 8  # numbers a row, and rows of hidden states
 

@@ -8,6 +8,7 @@ within a process, so the compiling is done by this file run as a script.
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import os
 import re
@@ -291,6 +292,7 @@ def _field(usage: str, name: str) -> int:
     return sum(int(n) for n in re.findall(rf"\b{name}:(\d+)", usage))
 
 
+@functools.cache  # most kernels serve several calls, and to be asked of one costs a third of a second
 def _cuobjdump(binary: bytes, option: str) -> str:
     import triton
 

@@ -32,7 +32,8 @@ def build(folder: Path) -> ModuleType:
 
     python = ("-O0", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}")
     units = [(unit, WATCHED) for unit in [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), HERE / "faults.cu"]]
-    units += [(HERE / "machine.cpp", ("-O2",)), (HERE / "watch.cpp", ("-O2",)), (HERE / "module.cpp", python)]
+    units += [(HERE / f"{name}.cpp", ("-O3",)) for name in ("machine", "instructions", "watch")]
+    units.append((HERE / "module.cpp", python))
     objects = []
     for unit, flags in units:
         objects.append(folder / f"{unit.stem}.o")

@@ -23,6 +23,14 @@ FAULTS = {
     "sum": None,
     "some lanes": "threads wait for others that do not come",
     "misaligned": "misaligned access",
+    "copy": None,
+    "no wait": "read what is being copied",
+    "no barrier after wait": "read what",  # another thread writes, or nobody wrote
+    "copy over read": "what another thread",  # reads, or writes
+    "copy over copy": "write what is being copied",
+    "end before copy": "a thread ends before its copies",
+    "misaligned copy": "misaligned access",
+    "copy beyond": "read out of bounds",
 }
 
 
@@ -50,6 +58,8 @@ def test_what_is_seen(cuda_on_cpu: Machine, fault: str, seed: int) -> None:
 def test_it_computes(cuda_on_cpu: Machine) -> None:
     for seed in (0, 1):
         _, given, out = run(cuda_on_cpu, "reverse", seed)
+        assert torch.equal(out, given.flip(1))
+        _, given, out = run(cuda_on_cpu, "copy", seed)
         assert torch.equal(out, given.flip(1))
         _, given, out = run(cuda_on_cpu, "sum", seed)
         of_warps = given.reshape(BLOCKS, 2, 32).sum(-1, keepdim=True).expand(-1, -1, 32)

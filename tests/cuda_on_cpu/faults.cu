@@ -1,7 +1,7 @@
-// Two kernels that can be made wrong, each in several ways: the machine has to see it.
+// Three kernels that can be made wrong, each in several ways: the machine has to see it.
 #include "faults.h"
 
-#include <cuda_runtime.h>
+#include <cuda_instructions.h>
 
 namespace faults {
 namespace {
@@ -46,13 +46,42 @@ __global__ void sum(Problem p) {
     p.out[base + t] = x + static_cast<float>(votes % 2);
 }
 
+struct alignas(16) Aligned {
+    float at[kThreads + 4];
+};
+
+// As `reverse`, with copies that arrive later than they are asked for.
+__global__ void reverse_copied(Problem p) {
+    using namespace fastkd::cuda;
+    __shared__ Aligned shared;
+    const int t = threadIdx.x, base = blockIdx.x * kThreads;
+    const bool last = blockIdx.x == gridDim.x - 1 && t == kThreads / 4 - 1;
+    const int off = p.fault == kMisalignedCopy && t == 0 ? 1 : p.fault == kCopyBeyond && last ? 4 : 0;
+    if (t < kThreads / 4) copy_sixteen(shared.at + 4 * t, p.in + base + 4 * t + off, false);
+    close_copies();
+    if (p.fault == kCopyOverCopy && t == kThreads / 4 - 1) shared.at[kThreads - 1] = 1;
+    if (p.fault == kNoWait && t == 7) {
+        wait_for_copies<1>();
+    } else {
+        wait_for_copies<0>();
+    }
+    if (p.fault != kNoBarrierAfterWait) __syncthreads();
+    const float x = shared.at[kThreads - 1 - t];
+    p.out[base + t] = x;
+    if ((p.fault == kCopyOverRead || p.fault == kEndBeforeCopy) && t == 5) {
+        copy_sixteen(shared.at + (p.fault == kCopyOverRead ? 0 : kThreads), p.in + base, false);
+        close_copies();
+        if (p.fault == kCopyOverRead) wait_for_copies<0>();
+    }
+}
+
 }  // namespace
 
 int run(int fault, uintptr_t in, uintptr_t out, unsigned blocks, unsigned threads) {
     cudaLaunchConfig_t config = {};
     config.gridDim = blocks, config.blockDim = threads;
     const Problem p = {fault, reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out)};
-    return cudaLaunchKernelEx(&config, fault >= kSum ? sum : reverse, p);
+    return cudaLaunchKernelEx(&config, fault >= kCopy ? reverse_copied : fault >= kSum ? sum : reverse, p);
 }
 
 }  // namespace faults

@@ -5,7 +5,7 @@ namespace faults {
 
 enum Fault {
     kReverse, kNoBarrier, kSomeBarrier, kUnwritten, kWriteAfterRead, kWriteBeyond, kReadBeyond, kTwoWriters, kReadOfOther, kBlocks, kSum,
-    kSomeLanes, kMisaligned,
+    kSomeLanes, kMisaligned, kCopy, kNoWait, kNoBarrierAfterWait, kCopyOverRead, kCopyOverCopy, kEndBeforeCopy, kMisalignedCopy, kCopyBeyond,
 };
 
 int run(int fault, uintptr_t in, uintptr_t out, unsigned blocks, unsigned threads);

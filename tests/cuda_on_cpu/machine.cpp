@@ -1,12 +1,16 @@
 #include "include/machine.h"
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
 #include <cstdio>
+#include <cstring>
 #include <memory>
 #include <numeric>
 #include <random>
+#include <utility>
+#include <vector>
 
 #include "watch.h"
 
@@ -22,18 +26,24 @@ constexpr unsigned kWarp = 32, kMostThreads = 1024;
 enum class State { ready, at_barrier, at_warp, done };
 
 struct Thread {
-    ucontext_t context;
+    ucontext_t context;  // until it runs
+    jmp_buf place_left;  // afterwards: unlike a context, it leaves the mask of signals to nobody
+    bool runs;
     State state;
     Triple index;
     const void* place;  // where it waits
     unsigned mask;      // for whom, among its warp
     uint64_t given;
+    Words words;
+    std::vector<std::vector<Copy>> copies;
 };
 
 Thread threads[kMostThreads];
 uint64_t exchanged[kMostThreads];  // what the lanes of a warp gave, from its last shuffle
+Words gathered[kMostThreads];      // the same, of several words
+bool untouched[kMostThreads / kWarp];  // by the lanes of a warp
 unsigned running, count;
-ucontext_t scheduler;
+jmp_buf scheduler;
 std::unique_ptr<char[]> stacks;
 Body current_body;
 void* current_call;
@@ -42,15 +52,18 @@ void enter() {
     watch::checking = true;
     current_body(current_call);
     watch::checking = false;
+    for (const auto& group : threads[running].copies) {
+        if (!group.empty()) watch::report("a thread ends before its copies", group.front().to, group.front().bytes);
+    }
     threads[running].state = State::done;
-    swapcontext(&threads[running].context, &scheduler);
+    _longjmp(scheduler, 1);
 }
 
 void wait(State state, const void* place) {
     Thread& thread = threads[running];
     thread.state = state, thread.place = place;
     watch::checking = false;
-    swapcontext(&thread.context, &scheduler);
+    if (_setjmp(thread.place_left) == 0) _longjmp(scheduler, 1);
     watch::checking = true;
 }
 
@@ -58,7 +71,10 @@ void resume(unsigned t) {
     running = t;
     threadIdx = threads[t].index;
     watch::set_thread(t, stacks.get() + t * kStack, kStack);
-    swapcontext(&scheduler, &threads[t].context);
+    if (_setjmp(scheduler) != 0) return;
+    if (threads[t].runs) _longjmp(threads[t].place_left, 1);
+    threads[t].runs = true;
+    setcontext(&threads[t].context);
 }
 
 // Lets those of a warp go on who wait for one another, if they all came, to the same place.
@@ -75,8 +91,11 @@ bool release_warp(unsigned first) {
                   threads[other].place == threads[t].place;
         }
         if (!all) continue;
+        untouched[first / kWarp] = true;
         for (unsigned lane = 0; lane < kWarp; ++lane) {
-            if (mask >> lane & 1) exchanged[first + lane] = threads[first + lane].given, threads[first + lane].state = State::ready;
+            if (!(mask >> lane & 1)) continue;
+            exchanged[first + lane] = threads[first + lane].given, threads[first + lane].state = State::ready;
+            std::memcpy(gathered[first + lane], threads[first + lane].words, sizeof(Words));
         }
         released = true;
     }
@@ -106,7 +125,7 @@ bool run_block(Triple block, std::mt19937& order) {
     std::iota(turn.begin(), turn.end(), 0u);
     for (unsigned t = 0; t < count; ++t) {
         Thread& thread = threads[t];
-        thread.state = State::ready;
+        thread.state = State::ready, thread.runs = false, thread.copies.assign(1, {});
         thread.index = {t % block.x, t / block.x % block.y, t / block.x / block.y};
         getcontext(&thread.context);
         thread.context.uc_stack = {stacks.get() + t * kStack, 0, kStack};
@@ -149,6 +168,15 @@ unsigned ballot(unsigned mask, bool yes, const void* place) {
     }
     return votes;
 }
+
+Gathered gather(const uint32_t* words, int count, const void* place) {
+    std::memcpy(threads[running].words, words, static_cast<size_t>(count) * sizeof(uint32_t));
+    shuffle(0xffffffffu, 0, lane(), place);
+    const unsigned warp = running / kWarp;
+    return {gathered + warp * kWarp, warp, std::exchange(untouched[warp], false)};
+}
+
+std::vector<std::vector<Copy>>& copies_of_thread() { return threads[running].copies; }
 
 int launch(Triple grid, Triple block, Body body, void* call, size_t call_size) {
     constexpr unsigned kMostX = 0x7fffffff, kMostYZ = 65535;

@@ -19,16 +19,18 @@ int64_t launches = 0, fails_at = -1;
 
 namespace {
 
-constexpr size_t kWord = 4, kMostReports = 20;
+constexpr size_t kWord = 2, kMostReports = 20;
 constexpr uint32_t kNobody = 0, kSeveral = 0xffffffff;
 
 // Who touched a word last. `epoch` grows with every barrier, block and launch; nothing of an older one conflicts, except
 // that blocks of one launch have no barrier between them: `block_epoch` is where the block began, `launch_epoch` the launch.
 struct Word {
+    uint64_t block = 0;  // shared memory is new in each
     uint64_t written_at = 0, read_at = 0;
     uint64_t blocks_read_at = 0;                  // the launch in which several blocks read it
     uint32_t writer = kNobody, reader = kNobody;  // thread + 1
     bool initialised = false;
+    bool arriving = false;  // a copy may write it at any time
 };
 
 struct Buffer {
@@ -55,6 +57,7 @@ bool conflicts(uint32_t who, uint64_t when) {
 
 void touch(Word& word, bool write, uintptr_t address) {
     const void* where = reinterpret_cast<const void*>(address);
+    if (word.arriving) report(write ? "write what is being copied" : "read what is being copied", where, kWord);
     if (conflicts(word.writer, word.written_at)) report(write ? "two threads write" : "read what another thread writes", where, kWord);
     if (write) {
         const bool read = conflicts(word.reader, word.read_at) || word.blocks_read_at == launch_epoch;
@@ -69,11 +72,21 @@ void touch(Word& word, bool write, uintptr_t address) {
     word.read_at = epoch;
 }
 
+bool is_shared(uintptr_t begin, size_t bytes) { return begin >= shared_begin() && begin + bytes <= shared_end(); }
+
+Word& shared_word(uintptr_t address) {
+    Word& word = shared[(address - shared_begin()) / kWord];
+    if (word.block != block_epoch) word = Word{}, word.block = block_epoch;
+    return word;
+}
+
+}  // namespace
+
 void access(uintptr_t begin, size_t bytes, bool write) {
     if (!checking || (begin >= stack_begin && begin < stack_end)) return;
     const uintptr_t end = begin + bytes;
-    if (begin >= shared_begin() && end <= shared_end()) {
-        for (uintptr_t a = begin / kWord * kWord; a < end; a += kWord) touch(shared[(a - shared_begin()) / kWord], write, a);
+    if (is_shared(begin, bytes)) {
+        for (uintptr_t a = begin / kWord * kWord; a < end; a += kWord) touch(shared_word(a), write, a);
         return;
     }
     if (buffers.empty()) return;  // the caller does not say what there is
@@ -88,7 +101,19 @@ void access(uintptr_t begin, size_t bytes, bool write) {
     if (write || !(constant || argument)) report(write ? "write out of bounds" : "read out of bounds", reinterpret_cast<void*>(begin), bytes);
 }
 
-}  // namespace
+// Asking for a copy is a write, and so is its arrival; what is there between is neither old nor new.
+void begin_copy(uintptr_t to, size_t bytes) {
+    if (!is_shared(to, bytes)) return report("copy to no shared memory", reinterpret_cast<void*>(to), bytes);
+    access(to, bytes, true);
+    std::memset(reinterpret_cast<void*>(to), 0xff, bytes);
+    for (uintptr_t a = to; a < to + bytes; a += kWord) shared_word(a).arriving = true;
+}
+
+void end_copy(uintptr_t to, size_t bytes) {
+    if (!is_shared(to, bytes)) return;
+    for (uintptr_t a = to; a < to + bytes; a += kWord) shared_word(a).arriving = false;
+    access(to, bytes, true);
+}
 
 void add_buffer(uintptr_t begin, size_t bytes, bool filled) {
     Word word;
@@ -107,7 +132,7 @@ void new_launch(const void* call, size_t call_size) {
 
 void new_block() {
     block_epoch = ++epoch;
-    shared.assign((shared_end() - shared_begin()) / kWord + 1, Word{});
+    shared.resize((shared_end() - shared_begin()) / kWord + 1);
     // Nobody zeroes it: NaN, and the largest integers.
     std::memset(__start_cuda_shared, 0xff, shared_end() - shared_begin());
 }

@@ -20,6 +20,10 @@ void new_launch(const void* call, size_t call_size);
 void new_block();
 void next_epoch();
 void set_thread(unsigned thread, const char* stack, size_t bytes);
+// Of the running thread: to its memory, and of bytes that arrive later than they were asked for.
+void access(uintptr_t begin, size_t bytes, bool write);
+void begin_copy(uintptr_t shared, size_t bytes);
+void end_copy(uintptr_t shared, size_t bytes);
 void report(const char* what, const void* address, size_t bytes);
 
 }  // namespace fastkd_machine::watch

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cuda/device.h"
+#include "cuda/int8.h"
 #include "cuda/pairs.h"
 
 namespace fastkd::cuda {
@@ -33,6 +34,22 @@ inline Rows rows_of(const pybind11::tuple& rows) {
     return {at<const double>(rows[0].cast<Address>()), at<const double>(rows[1].cast<Address>()), rows[2].cast<int64_t>()};
 }
 
+// Addresses and numbers, laid out by fastkd/native/_int8_cuda.py.
+inline Int8Linear int8_linear_of(const pybind11::tuple& numbers) {
+    size_t next = 0;
+    const auto number = [&] { return numbers[next++].cast<int64_t>(); };
+    const auto address = [&] { return numbers[next++].cast<Address>(); };
+    Int8Linear l;
+    l.input = at<const void>(address());
+    l.rows = number(), l.terms = number(), l.columns = number(), l.stride = number();
+    l.dtype = static_cast<Dtype>(number());
+    l.given = at<const float>(address()), l.weight = at<const int8_t>(address());
+    l.scale = at<const float>(address()), l.bias = at<const float>(address());
+    l.residual = at<const void>(address()), l.residual_stride = number();
+    l.output = at<void>(address()), l.activation = static_cast<Activation>(number());
+    return l;
+}
+
 inline void bind(pybind11::module_& m) {
     m.def("cuda_device_count", &device_count);
     m.def("cuda_squared_distances", [](Address products, const pybind11::tuple& x, const pybind11::tuple& y, int64_t d, bool own,
@@ -56,6 +73,10 @@ inline void bind(pybind11::module_& m) {
         check(angle_loss(squares_of(squares, n, coincident), delta, at<double>(loss), at<double>(slopes), slab_bytes,
                          at<void>(scratch), at<void>(stream)),
               "angle loss");
+    });
+    m.def("cuda_int8_linear_scratch", &int8_linear_scratch);
+    m.def("cuda_int8_linear", [](const pybind11::tuple& numbers, int64_t processors, Address scratch, Address stream) {
+        check(int8_linear(int8_linear_of(numbers), processors, at<void>(scratch), at<void>(stream)), "int8 linear");
     });
 }
 

@@ -62,7 +62,7 @@ OPERATIONS = {
     "int8_weight_only_linear": "int8_weight_only",
 }
 ANYWHERE = ("algebra", "reference")  # made of torch's operations: no device and no dtype is refused
-ON_CUDA = ("rkd", "distance")  # families whose native file has CUDA kernels, too
+ON_CUDA = ("rkd", "distance", "int8_linear")  # families whose native file has CUDA kernels, too
 LIBRARIES = tuple(f"{Path(file).parent}{os.sep}" for file in (__file__, torch.__file__))
 _STORAGE = frozenset((torch.float16, torch.bfloat16, torch.float32))
 

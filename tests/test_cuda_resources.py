@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import re
 import subprocess
 from collections.abc import Iterator
@@ -26,9 +27,19 @@ LIMITS = {
     "add_distances": (64, 64),
     "compare_distances": (64, 64),
     "finish_distances": (80, 64),
+    "quantize_rows": (40, 16),
+    "few_rows": (80, 8 << 10),  # 3 of 256 threads
+    "few_rows_odd": (104, 8 << 10),  # 2
+    "few_rows_fused": (80, 21 << 10),  # 3
+    "few_rows_fused_odd": (80, 21 << 10),  # 3
+    "small_tiles": (104, 32 << 10),  # 4 of 128 threads
+    "small_tiles_odd": (112, 32 << 10),  # 4
+    "large_tiles": (128, 48 << 10),  # 2 of 256
+    "finish_parts": (64, 0),
 }
 
 
+@functools.lru_cache
 def _cuobjdump(*options: str) -> str:
     """Of what the extension holds."""
     tool = Path(pytest.importorskip("triton").__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -99,3 +110,19 @@ def _inner_loop(sass: str) -> collections.Counter[str]:
             body = [t.split()[0].split(".")[0] for a, t in instructions if int(jump[1], 16) <= a <= address]
             loops.append(collections.Counter(body))
     return min((loop for loop in loops if loop["DADD"] >= 48), key=lambda loop: sum(loop.values()))
+
+
+def test_tiles_are_multiplied_by_tensor_cores_and_filled_by_copies() -> None:
+    """Of a stage, 64 terms: so many products of 16 x 8 x 32, and operands that come four at a time."""
+    # Warps have 32 x 32 sums, or 64 x 32.
+    products = {"small_tiles": 2 * 8, "large_tiles": 2 * 16}
+    operands = {"small_tiles": 2 * 4, "large_tiles": 2 * 6}
+    for architecture, part in _by_architecture(_cuobjdump("--dump-sass")):
+        for text in part.split("Function : ")[1:]:
+            kernel = _kernel(text.split()[0])
+            if kernel not in products:
+                continue
+            found = collections.Counter(re.findall(r"\b(IMMA\.16832|LDSM\.16\.M88\.4|LDGSTS)", text))
+            assert found["IMMA.16832"] == products[kernel], (kernel, architecture)
+            assert found["LDSM.16.M88.4"] == operands[kernel], (kernel, architecture)
+            assert found["LDGSTS"] > 0, (kernel, architecture)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._int8 import ACTIVATIONS
 from .._int8_arguments import bad_step
-from . import extension
+from . import _int8_cuda, extension
 from .int8_packing import packed
 from .logit import CPU, DTYPES, _nowhere
 
@@ -26,6 +26,8 @@ def forward(
     residual: Tensor | None,
     activation: str,
 ) -> Tensor:
+    if input.is_cuda:
+        return _int8_cuda.linear(input, weight, scale, bias, input_scale, residual, activation)
     rows, terms = input.shape
     count = weight.shape[0]
     shape = (count, terms, 1, 1)

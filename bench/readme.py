@@ -20,6 +20,7 @@ from bench import plot, record  # noqa: E402
 from bench.tables import (  # noqa: E402
     ATTENTION,
     HEADS,
+    INT8,
     LOGITS,
     RELATIONS,
     WIDE_MARK,
@@ -36,6 +37,7 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 PLOTTED = "forward_kl"
 TRAINING = "forward+backward"
 TAILS = "tails.csv"
+OUTLIERS = "outliers.csv"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def render(results: Path, rows: Sequence[Row], link: str) -> str:
     calls, heads = latest(load(results, "call"), LOGITS), latest(load(results, "head"), HEADS)
-    tails = record.read(results / TAILS) if (results / TAILS).exists() else []
+    tails, outliers = (record.read(path) if path.exists() else [] for path in (results / TAILS, results / OUTLIERS))
+    layers = latest(load(results, "int8"), INT8)
     relations = latest(load(results, "relation"), RELATIONS)
     attention = latest(load(results, "attention"), ATTENTION)
 
@@ -80,6 +83,9 @@ def render(results: Path, rows: Sequence[Row], link: str) -> str:
     parts += _tables(whole, HEADS, _head_caption)
     parts += _tables([row for row in relations if row["mode"] == TRAINING], RELATIONS, _relation_caption)
     parts += _tables([row for row in attention if row["mode"] == TRAINING], ATTENTION, _attention_caption)
+    parts += _tables(layers, INT8, _int8_caption)
+    if outliers:
+        parts += [_outliers_table(outliers), _outliers_caption(outliers)]
     if tails:
         parts += [_tails_table(tails), _tails_caption(tails)]
     parts.append("This section is written by `python bench/readme.py`.")
@@ -93,6 +99,34 @@ def _tables(rows: Sequence[Row], family: Family, caption: Callable[[str, Sequenc
         here = [row for row in rows if machine_of(row) == machine]
         parts += [table(here, family), caption(machine, here)]
     return parts
+
+
+def _outliers_table(rows: Sequence[Row]) -> str:
+    gains = list(dict.fromkeys(row["gain"] for row in rows))
+    errors = {(row["scheme"], row["smoothed"], row["gain"]): row["error"] for row in rows}
+    lines = [["input", "smoothed", *(f"gain {gain}" for gain in gains)], ["---", "---"] + ["---:"] * len(gains)]
+    for scheme, smoothed in dict.fromkeys((row["scheme"], row["smoothed"]) for row in rows):
+        cells = [f"{100 * float(errors[scheme, smoothed, gain]):.1f} %" for gain in gains]
+        lines.append([scheme, "yes" if smoothed == "True" else "no", *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _outliers_caption(rows: Sequence[Row]) -> str:
+    return (
+        "What outliers of activations cost an int8 layer, and what `smooth` gets back: the relative error of a linear "
+        "layer behind a `LayerNorm` whose gain is 1 but in 8 of its channels, calibrated on other rows. "
+        f"fastkd is commit {rows[0]['commit']}. Command: `python bench/outliers.py`."
+    )
+
+
+def _int8_caption(machine: str, rows: Sequence[Row]) -> str:
+    text = (
+        "Linear layers from float input to float output, with the rounding of the input. "
+        f"{_circumstances(machine, rows, 'forward')} Of peak: what part of its time the products alone take, made in "
+        f"registers by the same instruction ({_range(rows, 'matmul_gflop_per_s', 'GFLOP/s')}). The error is that of "
+        f"the output, relative to float64. {_commands(rows)}"
+    )
+    return text + (_wide_note() if any(map(record.is_wide, rows)) else "")
 
 
 def _tails_table(rows: Sequence[Row]) -> str:
@@ -181,13 +215,13 @@ def _attention_caption(machine: str, rows: Sequence[Row]) -> str:
     return text + (_wide_note() if any(map(record.is_wide, rows)) else "")
 
 
-def _circumstances(machine: str, rows: Sequence[Row]) -> str:
+def _circumstances(machine: str, rows: Sequence[Row], passes: str = "forward and backward") -> str:
     def all_of(field: str) -> str:
         return ", ".join(dict.fromkeys(row[field] for row in rows))
 
     implementations = ", ".join(dict.fromkeys(row["impl"] for row in rows if row["impl"]))
     return (
-        f"{machine}, {all_of('isa')}, torch {all_of('torch')}: forward and backward, median of interleaved runs; in "
+        f"{machine}, {all_of('isa')}, torch {all_of('torch')}: {passes}, median of interleaved runs; in "
         f"parentheses how many times as fast as eager. fastkd is commit {all_of('commit')} ({implementations})."
     )
 

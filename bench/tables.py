@@ -18,11 +18,12 @@ class Family(NamedTuple):
 
     problem: tuple[str, ...]  # columns that tell one problem from another; the last two are numbers
     providers: dict[str, str]  # in this order, with their headings
-    headings: tuple[str, str, str, str]  # of two columns before the providers and two after; no share, no column
+    headings: tuple[str, str, str, str]  # of two columns before the providers and two after; no heading, no column
     name: Callable[[Row], str]
     size: Callable[[Row], str]
     share: Callable[[Row], str]  # how close the row is to what no implementation can do without
-    beside: tuple[str, ...]  # whose memory is named beside fastkd's
+    beside: tuple[str, ...]  # whose memory, or error, is named beside fastkd's
+    of_all: str = "extra_mib"  # the last column: what is named of fastkd and of these
 
 
 def load(results: Path, family: str) -> list[Row]:
@@ -60,7 +61,7 @@ def table(rows: Sequence[Row], family: Family) -> str:
                 family.size(any_row),
                 *(_cell(found.get(name)) for name in providers),
                 *([family.share(ours)] if share else []),
-                _memory(found, family.beside),
+                LAST[family.of_all](found, family.beside),
             ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -92,6 +93,16 @@ def _memory(found: dict[str, Row], others: Sequence[str]) -> str:
     extra = {name: found.get(name, {}).get("extra_mib") for name in ("fastkd", *others)}
     beside = ", ".join(f"{name} {float(mib):.0f}" for name, mib in extra.items() if mib and name != "fastkd")
     return f"{float(extra['fastkd']):.0f} MiB ({beside})" if extra["fastkd"] and beside else ""
+
+
+def _errors(found: dict[str, Row], others: Sequence[str]) -> str:
+    errors = {name: row["error"] for name in ("fastkd", *others) if (row := found.get(name)) and row["error"]}
+    beside = ", ".join(f"{name} {100 * float(error):.1f}" for name, error in errors.items() if name != "fastkd")
+    ours = f"{100 * float(errors['fastkd']):.1f} %" if "fastkd" in errors else "-"
+    return f"{ours} ({beside})" if beside else ours
+
+
+LAST: dict[str, Callable[[dict[str, Row], Sequence[str]], str]] = {"extra_mib": _memory, "error": _errors}
 
 
 def _size_of_logits(row: Row) -> str:
@@ -184,6 +195,27 @@ ATTENTION = Family(
     size=_size_of_attention,
     share=_of_matmul,
     beside=("eager", "compiled"),
+)
+
+
+INT8 = Family(
+    problem=("machine", "threads", "terms", "columns", "rows"),
+    providers={
+        "eager": "float32",
+        "bfloat16": "bfloat16",
+        "torch-dynamic": "torch dynamic",
+        "torchao": "torchao",
+        "torchao-compiled": "torchao, compiled",
+        "quanto": "quanto",
+        "bitsandbytes": "bitsandbytes",
+        "fastkd": "fastkd",
+    },
+    headings=("layer", "rows x in x out", "of peak", "error"),
+    name=lambda row: "Int8Linear",
+    size=lambda row: f"{row['rows']} x {int(row['terms']):,} x {int(row['columns']):,}",
+    share=_of_matmul,
+    beside=("torch-dynamic", "torchao", "quanto", "bitsandbytes"),
+    of_all="error",
 )
 
 

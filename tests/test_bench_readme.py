@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import readme, record
+from bench import outliers, readme, record
 
 
 def sample_row(provider: str, vocab: int, milliseconds: float, date: str = "2030-01-01T00:00:00+00:00") -> record.Row:
@@ -205,3 +205,35 @@ def test_tables_of_relations_and_of_attention(house: Path) -> None:
     for said in ("`python bench/run.py relation`", "`python bench/run.py attention`", "(160 GFLOP/s)"):
         assert said in text
     assert write_readme(house, "--check") == 0
+
+
+def test_tables_of_int8_layers_and_of_outliers(house: Path) -> None:
+    shape = {"rows": 8, "terms": 1024, "columns": 4096, "percent_of_matmul": 61.6, "matmul_gflop_per_s": 410}
+    shape |= {"command": "python bench/run.py int8"}
+    rivals = (("eager", 6, 1e-7), ("torch-dynamic", 3, 0.0221), ("quanto", 4, 0.0123), ("fastkd", 1.5, 0.0112))
+    rows = [
+        sample_row(name, 0, milliseconds) | shape | {"error": error, "times_eager": 6 / milliseconds}
+        for name, milliseconds, error in rivals
+    ]
+    record.append(house / "results" / "int8-abacus-9.csv", rows)
+    assert outliers.main(["--width", "32", "--gain", "1", "100", "--out", str(house / "results")]) == 0
+    write_readme(house)
+    text = (house / "README.md").read_text()
+    assert (
+        "| layer | rows x in x out | float32 | torch dynamic | quanto | fastkd | of peak | error |\n"
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        "| `Int8Linear` | 8 x 1,024 x 4,096 | 6 ms | 3 ms (2.0x) | 4 ms (1.5x) | 1.5 ms (4.0x) | 62 % "
+        "| 1.1 % (torch-dynamic 2.2, quanto 1.2) |\n"
+    ) in text
+    assert "forward, median of interleaved runs" in text
+    assert "| input | smoothed | gain 1 | gain 100 |" in text
+    assert "| dynamic | yes | " in text
+    assert "`python bench/outliers.py`" in text
+    assert write_readme(house, "--check") == 0
+
+
+def test_smoothing_gets_back_what_outliers_cost() -> None:
+    errors = {(row["scheme"], row["smoothed"]): float(str(row["error"])) for row in outliers.measured(30, 128)}
+    for scheme in ("dynamic", "static"):
+        assert errors[scheme, True] < 0.5 * errors[scheme, False]
+    assert errors["dynamic", False] < errors["static", False] < errors["torch dynamic", False]

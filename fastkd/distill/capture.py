@@ -14,8 +14,8 @@ from .. import _checks
 from .paths import Place, find, modules_of, parse, unwrap
 
 STALE = (
-    "; the model is compiled, and a graph that was made before the hooks does not call them: make the Capture (or the "
-    "Distiller) before the model's first call, or call torch._dynamo.reset()"
+    "; the model is compiled, and a graph that was made before there was a Capture does not look for hooks: make the "
+    "Capture (or the Distiller) before the first call, or call torch._dynamo.reset()"
 )
 
 
@@ -43,8 +43,9 @@ class Capture:
     around it or around its submodules is looked through. Values carry gradients as they do in the model.
 
     Hooks are there during a call only, also if it fails, and no value is kept. In a compiled model they stay, idle
-    between calls, until :meth:`detach`: ``torch.compile`` bakes into its graphs which hooks there are, and does not
-    look again. Make the Capture before the first call of a compiled model.
+    between calls, until :meth:`detach`, and ``torch._dynamo.config.skip_nnmodule_hook_guards`` is set to False: graphs
+    made from then on are used where they have the hooks that there are. One that was made before does not look, and is
+    used for other models of the same class too. So make the Capture before the first call.
 
     Args:
         model: The model.
@@ -129,6 +130,8 @@ class Capture:
             if not tap.place.is_result:
                 self._handles += tap.hook(find("Capture", self.model, tap.place))
         self._attached = True
+        if is_compiled(self.model):
+            torch._dynamo.config.skip_nnmodule_hook_guards = False
 
     def detach(self) -> None:
         """Remove the hooks."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +22,7 @@ from bench.tables import (  # noqa: E402
     ATTENTION,
     HEADS,
     INT8,
+    INT8_CONV,
     LOGITS,
     RELATIONS,
     WIDE_MARK,
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def render(results: Path, rows: Sequence[Row], link: str) -> str:
     calls, heads = latest(load(results, "call"), LOGITS), latest(load(results, "head"), HEADS)
     tails, outliers = (record.read(path) if path.exists() else [] for path in (results / TAILS, results / OUTLIERS))
-    layers = latest(load(results, "int8"), INT8)
+    layers, convolutions = latest(load(results, "int8"), INT8), latest(load(results, "int8_conv"), INT8_CONV)
     relations = latest(load(results, "relation"), RELATIONS)
     attention = latest(load(results, "attention"), ATTENTION)
 
@@ -83,7 +85,8 @@ def render(results: Path, rows: Sequence[Row], link: str) -> str:
     parts += _tables(whole, HEADS, _head_caption)
     parts += _tables([row for row in relations if row["mode"] == TRAINING], RELATIONS, _relation_caption)
     parts += _tables([row for row in attention if row["mode"] == TRAINING], ATTENTION, _attention_caption)
-    parts += _tables(layers, INT8, _int8_caption)
+    parts += _tables(layers, INT8, partial(_int8_caption, "Linear layers"))
+    parts += _tables(convolutions, INT8_CONV, partial(_int8_caption, "Convolutions of channels-last images"))
     if outliers:
         parts += [_outliers_table(outliers), _outliers_caption(outliers)]
     if tails:
@@ -119,9 +122,9 @@ def _outliers_caption(rows: Sequence[Row]) -> str:
     )
 
 
-def _int8_caption(machine: str, rows: Sequence[Row]) -> str:
+def _int8_caption(layers: str, machine: str, rows: Sequence[Row]) -> str:
     text = (
-        "Linear layers from float input to float output, with the rounding of the input. "
+        f"{layers} from float input to float output, with the rounding of the input. "
         f"{_circumstances(machine, rows, 'forward')} Of peak: what part of its time the products alone take, made in "
         f"registers by the same instruction ({_range(rows, 'matmul_gflop_per_s', 'GFLOP/s')}). The error is that of "
         f"the output, relative to float64. {_commands(rows)}"

@@ -219,6 +219,30 @@ INT8 = Family(
 )
 
 
+def _size_of_images(row: Row) -> str:
+    groups = "" if row["groups"] == "1" else f", {row['groups']} groups"
+    kernel = f"{row['kernel']} x {row['kernel']}" + ("" if row["stride"] == "1" else f", stride {row['stride']}")
+    return f"{row['images']} x {row['channels']} x {row['side']}² to {row['count']}, {kernel}{groups}"
+
+
+INT8_CONV = Family(
+    problem=("machine", "threads", "kernel", "stride", "groups", "images", "side", "count", "channels"),
+    providers={
+        "eager": "float32",
+        "bfloat16": "bfloat16",
+        "torch-static": "torch static",
+        "fastkd": "fastkd",
+        "fastkd-static": "fastkd, static",
+    },
+    headings=("layer", "images", "of peak", "error"),
+    name=lambda row: "Int8Conv2d",
+    size=_size_of_images,
+    share=_of_matmul,
+    beside=("torch-static",),
+    of_all="error",
+)
+
+
 def machine_of(row: Row) -> str:
     threads = f"{row['threads']} thread" + ("" if row["threads"] == "1" else "s")
     return row["machine"] + (f", {threads}" if row["device"] == "cpu" else "")

@@ -276,8 +276,12 @@ def test_one_pass_for_several_students() -> None:
         Distiller(Net(n).eval(), teacher, [Term(fastkd.cka_loss, path, path)]) for n, path in ((4, "body"), (5, "head"))
     ]
     paths = {path for distiller in distillers for path in distiller.teacher_paths()}
+    distillers[0].attach()
     known = distillers[0].teach(batch, paths)
     assert known.keys() == {"body", "head"}
+    assert hooks(teacher) == 2
+    distillers[0].detach()
+    assert hooks(teacher) == 0
     for distiller in distillers:
         torch.testing.assert_close(distiller.loss(batch, teacher_outputs=known), distiller.loss(batch))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -146,6 +146,57 @@ def test_a_teacher_in_another_form(options: dict[str, Any]) -> None:
     assert known[""].dtype is options.get("dtype", torch.float32)
     torch.testing.assert_close(known[""].float(), copy.deepcopy(model).eval()(x), atol=0.05, rtol=0.05)
     distiller.loss((x, y))[0].backward()
+
+
+def test_inputs_of_every_form_are_cast() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Parameter(torch.ones(()))
+
+        def forward(self, pair: Pair, rest: list[Any]) -> Tensor:
+            kinds = [pair.x, pair.ids, rest[0][0], rest[1]["y"]]
+            assert [one.dtype for one in kinds] == [self.one.dtype, torch.int64, self.one.dtype, torch.bool]
+            assert rest[2] == "text"
+            return self.one * torch.stack([one.sum().to(self.one.dtype) for one in kinds])
+
+    batch = {"pair": Pair(torch.ones(3), torch.arange(3)), "rest": [(torch.ones(2),), {"y": torch.ones(2) > 0}, "text"]}
+    distiller = Distiller(Sum(), Teacher(Sum(), dtype=torch.float64), [Term(nn.functional.mse_loss)])
+    assert distiller.teach(batch)[""].tolist() == [3, 3, 2, 2]
+    assert distiller.loss(batch)[0] == 0
+    assert batch["pair"].x.dtype is torch.float32  # type: ignore[union-attr]
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    ids: Tensor
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_modes_of_torch(mode: Any) -> None:
+    student, teacher, batch = Net(6, dropout=0.0).eval(), Net(9), vectors()
+    before = everything_of(teacher)
+    terms = [TERM, Term(fastkd.hint_loss, "body", "body", adapt="linear")]
+    distiller = Distiller(student, teacher, terms).prepare(batch)
+    want, _ = distiller.loss(batch)
+    with mode():
+        got, _ = distiller.loss(batch)
+        assert distiller.teach(batch)[""].requires_grad is False
+    torch.testing.assert_close(got, want.detach() if not got.requires_grad else want, rtol=0.05, atol=0.02)
+    assert got.dtype is torch.float32
+    assert_same(teacher, before)
+
+
+def test_a_teacher_takes_no_random_number() -> None:
+    """So a student's dropout is the same with a cache as without."""
+    student, teacher, batch = Net(6), Net(9), vectors()
+    distiller = Distiller(student, teacher, [TERM])
+    known = distiller.teach(batch)
+    losses = []
+    for given in (None, known):
+        torch.manual_seed(3)
+        losses.append(distiller.loss(batch, teacher_outputs=given)[0])
+    assert torch.equal(*losses)
 
 
 def test_teachers_move_and_keep_their_numbers() -> None:

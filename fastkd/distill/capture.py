@@ -115,8 +115,12 @@ class Capture:
 
     def and_also(self, paths: Iterable[str]) -> Capture:
         """Another one in its place, of more paths."""
+        attached = self._attached
         self.detach()
-        return Capture(self.model, [*self._taps, *paths])
+        other = Capture(self.model, [*self._taps, *paths])
+        if attached:
+            other.attach()
+        return other
 
     def attach(self) -> None:
         """Put the hooks in now, and leave them there until :meth:`detach`."""

@@ -311,6 +311,26 @@ def test_a_list_is_one_argument() -> None:
     assert loss == (16 + 9) / 2
 
 
+def test_heads_in_place_of_logits() -> None:
+    """The models stop before their heads, whose logits are never all there."""
+    student, teacher, (x, y) = Net(6).eval(), Net(9).eval(), vectors()
+
+    own, taught = student.head, teacher.head
+
+    def fused(hidden: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
+        heads = fastkd.Head(hidden, own.weight, own.bias), fastkd.Head(teacher, taught.weight, taught.bias)
+        return fastkd.kd_loss(*heads, target, temperature=2.0)
+
+    distiller = Distiller(student, teacher, [Term(fused)], forward=lambda model, x: model.body(x))
+    loss, _ = distiller.loss((x, y))
+    loss.backward()
+    got = own.weight.grad
+    want = fastkd.kd_loss(student(x), teacher(x), y, temperature=2.0)
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(got, torch.autograd.grad(want, own.weight)[0])
+    assert taught.weight.grad is None
+
+
 def test_nothing_is_kept_after_a_step() -> None:
     seen: list[weakref.ref[Tensor]] = []
 

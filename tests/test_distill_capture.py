@@ -96,14 +96,16 @@ def test_outputs_of_text_models() -> None:
 def test_attention_is_asked_for_and_its_caller_is_not_disturbed(positional: bool) -> None:
     attention = nn.MultiheadAttention(4, 2, batch_first=True)
     x = torch.randn(1, 3, 4)
-    arguments = (x, x, x, None, False) if positional else (x, x, x)
-    named = {} if positional else {"need_weights": False}
+    later = torch.ones(3, 3, dtype=torch.bool).triu(1)
+    arguments = (x, x, x, None, False, later) if positional else (x, x, x)
+    named = {} if positional else {"need_weights": False, "attn_mask": later}
     values = Capture(attention, [":output[0]"])(*arguments, **named)
     inside = nn.ModuleDict({"attention": attention})
     capture = Capture(inside, ["attention:attention", "attention:output[0]"])
     got = capture.run(lambda: inside["attention"](*arguments, **named))
     torch.testing.assert_close(got["attention:output[0]"], values[":output[0]"])  # by another kernel
     assert got["attention:attention"].shape == (1, 2, 3, 3)
+    assert torch.equal(got["attention:attention"] == 0, later.expand(1, 2, 3, 3))
     capture.attach()  # hooks that stay are idle between calls
     assert attention(*arguments, **named)[1] is None
 

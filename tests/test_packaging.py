@@ -86,7 +86,7 @@ def test_the_extras_are_what_is_imported(project: dict) -> None:
     assert required(extras["demo"]) - {"torch"} == {DISTRIBUTIONS.get(name, name) for name in demo}
 
     bench = imported(*(ROOT / "bench").glob("*.py")) - here
-    rivals_and_devices = {"bitsandbytes", "liger_kernel", "optimum", "torchao", "triton"}
+    rivals_and_devices = {"bitsandbytes", "liger_kernel", "optimum", "pykeops", "torchao", "torchdistill", "triton"}
     drawing = {"matplotlib"}
     compiling = {"setuptools"}  # torch.compile imports it on the CPU
     assert bench - rivals_and_devices - drawing == set(cli.BENCH_NEEDS)

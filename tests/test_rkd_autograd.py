@@ -153,3 +153,11 @@ def test_a_thousand_rows() -> None:
 
     peak = memory.peak(Contender("fastkd", run), torch.device("cpu"), ())
     assert peak is None or peak.beside_inputs < 14 * 1024**2 * 8
+
+
+@pytest.mark.parametrize("loss", [fastkd.rkd_distance_loss, fastkd.rkd_angle_loss, fastkd.pkt_loss])
+def test_signs_that_torch_has_not_changed_yet(loss: Loss) -> None:
+    student, teacher = flat(9, 4), flat(9, 5, 1)
+    lazily = torch._neg_view(student), torch._neg_view(teacher)
+    for got, want in zip(call(loss, *lazily), call(loss, -student, -teacher), strict=True):
+        assert torch.equal(got, want)

@@ -1,7 +1,7 @@
 #include "matmul_panels.h"
 
 #include <algorithm>
-#include <vector>
+#include <memory>
 
 #include "isa.h"
 #include "threads.h"
@@ -33,25 +33,25 @@ void matmul(const Factor& left, const Factor& right, int64_t rows, int64_t depth
     const int64_t panel = kernels.panel, right_panels = (columns + panel - 1) / panel, left_panels = (rows + panel - 1) / panel;
     const bool itself = same(left, right) && rows == columns, symmetric = itself && !adds;
     const int64_t most = std::min(kDepth, depth);
-    std::vector<T> packed(right_panels * panel * most);
+    const std::unique_ptr<T[]> packed(new T[right_panels * panel * most]);  // a vector would fill it first
     for (int64_t begin = 0; begin == 0 || begin < depth; begin += kDepth) {
         const int64_t span = std::min(kDepth, depth - begin), size = panel * span;
         const bool first = begin == 0 && !adds, last = begin + kDepth >= depth;
         for_each_chunk(right_panels, size, threads, [&](int64_t from, int64_t to) {
             for (int64_t j = from; j < to; ++j) {
-                kernels.pack(right, j * panel, std::min(panel, columns - j * panel), begin, span, packed.data() + j * size);
+                kernels.pack(right, j * panel, std::min(panel, columns - j * panel), begin, span, packed.get() + j * size);
             }
         });
         for_each_chunk(left_panels, size * (right_panels + 1), threads, [&](int64_t from, int64_t to) {
-            std::vector<T> mine(itself ? 0 : size);
+            const std::unique_ptr<T[]> mine(new T[itself ? 0 : size]);
             for (int64_t i = from; i < to; ++i) {
                 const int64_t height = std::min(panel, rows - i * panel);
-                if (!itself) kernels.pack(left, i * panel, height, begin, span, mine.data());
-                const T* side = itself ? packed.data() + i * size : mine.data();
+                if (!itself) kernels.pack(left, i * panel, height, begin, span, mine.get());
+                const T* side = itself ? packed.get() + i * size : mine.get();
                 for (int64_t j = symmetric ? i : 0; j < right_panels; ++j) {
                     const int64_t width = std::min(panel, columns - j * panel);
                     T* block = out + i * panel * columns + j * panel;
-                    kernels.multiply(side, packed.data() + j * size, span, height, width, block, columns, !first);
+                    kernels.multiply(side, packed.get() + j * size, span, height, width, block, columns, !first);
                     if (symmetric && last && i != j) mirror(block, height, width, columns, out + j * panel * columns + i * panel);
                 }
             }

@@ -33,7 +33,7 @@ def rkd_distance_loss(student: Features, teacher: Features, gradient: bool, **op
 
 def _scaled(x: Tensor) -> tuple[Features, float]:
     """Rows in float32, whose squares do not leave its range; what they were divided by does not matter to the loss."""
-    rows = x.float()
+    rows = x.float().resolve_neg()
     scale = _scale(rows)
     return Features((rows if scale == 1 else rows / scale).contiguous()), scale
 

@@ -58,6 +58,7 @@ def objective(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
     return 0.5 * F.cross_entropy(student, labels.flatten()) + 0.5 * soft[counts].mean()
 
 
+@pytest.mark.few_interpreted(3)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_to_the_unfused_objective(impl: str, family: str, tied: bool) -> None:
@@ -169,6 +170,7 @@ def with_lora(dropout: float = 0.0, bias: bool = False, **ranks: int) -> Any:
     return model
 
 
+@pytest.mark.few_interpreted(2)
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize(
     ("dropout", "bias", "ranks"),

@@ -88,7 +88,7 @@ def fraction(op: str, argument: str, value: Any) -> float:
 
 def finite(op: str, argument: str, value: Any) -> float:
     got = number(op, argument, value)
-    if not math.isfinite(got):
+    if not -math.inf < got < math.inf:  # traced, a number may be one that math.isfinite does not take
         bad_value(op, argument, "be finite", got)
     return got
 

@@ -117,6 +117,15 @@ def test_adversarial(impl: str, loss: Loss, naive: Loss, problem: str) -> None:
     judge(loss, naive, student, teacher, impl=impl)
 
 
+def test_numbers_that_are_traced() -> None:
+    """With dynamic=True they are symbols."""
+    torch._dynamo.reset()
+    compiled = torch.compile(correlation_congruence_loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for gamma in (0.3, 0.7):
+        got = call(compiled, flat(5, 3), flat(5, 3, 1), gamma=gamma)
+        torch.testing.assert_close(got, call(correlation_congruence_loss, flat(5, 3), flat(5, 3, 1), gamma=gamma))
+
+
 @pytest.mark.parametrize("gamma", [1e-38, 300.0, 1e38])
 def test_kernels_that_are_nearly_constant(impl: str, gamma: float) -> None:
     """Whatever overflows in the formula on the way."""

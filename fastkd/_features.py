@@ -24,7 +24,10 @@ Result = tuple[Tensor, Tensor | None]
 
 
 class Features:
-    """A batch of features, and what was computed from them so far. The features must not change."""
+    """A batch of features, and what was computed from them so far. The features must not change.
+
+    Who keeps a quantity names the dtype that it was rounded to, since losses of several dtypes may ask for it.
+    """
 
     __slots__ = ("kept", "tensor", "version")
 

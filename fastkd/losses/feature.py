@@ -131,7 +131,8 @@ def attention_transfer_loss(
         impl: Pin an implementation; :func:`fastkd.explain` lists them.
 
     Returns:
-        The loss, 0-dim: float32, or float64 if any features are. No samples: 0.
+        The loss, 0-dim: float32, or float64 if any features are. No samples: 0. The sums of powers have to stay within
+        the dtype of the loss; it is NaN where they do not.
 
     Raises:
         TypeError: a wrong type or dtype.

@@ -75,8 +75,10 @@ def cosine_relation_loss(
         s, t = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
         F.mse_loss(s @ s.T, t @ t.T, reduction=reduction)
 
-    A row no longer than 1e-12 counts as zero: its cosines are 0, and so is its gradient. The arguments, result and
-    errors are those of :func:`gram_loss`.
+    A row no longer than 1e-12 counts as zero: its cosines are 0, and so is its gradient.
+
+    Args:
+        student, teacher, reduction, group, impl: As in :func:`gram_loss`, as are the result and the errors.
 
     Example:
         >>> cosine_relation_loss(3 * torch.eye(2), torch.ones(2, 1))
@@ -153,7 +155,13 @@ def prepare_teacher(teacher: Tensor) -> Features:
     but nothing is added.
 
     Args:
-        teacher: Features as the losses take them; they must not change afterwards (RuntimeError).
+        teacher: Features as the losses take them; they must not change afterwards.
+
+    Returns:
+        What losses on features take as their teacher. It can be copied, pickled and kept on a disk.
+
+    Raises:
+        TypeError: no tensor of floats. A loss raises RuntimeError where the features were changed in place.
 
     Example:
         >>> taught = prepare_teacher(torch.ones(2, 1))

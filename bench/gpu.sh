@@ -85,12 +85,13 @@ checks() {
         step checks 40 "$python" bench/gpu_checks.py --interpret --only "exact jsd float32" infinite
     elif has pytest xdist; then
         tests tests 120 tests/test_bench_gpu.py::test_on_gpu tests/test_bench_gpu_relation.py::test_on_gpu \
-            tests/test_triton_kernels.py \
+            tests/test_bench_gpu_int8.py::test_on_gpu tests/test_triton_kernels.py \
             tests/test_matmul.py tests/test_head_device_compaction.py
     else
         # One after another, so that not everything fits: float16 is widened where bfloat16 is.
-        step checks 125 "$python" bench/gpu_checks.py --skip float16
-        step relations 35 "$python" bench/gpu_relation_checks.py
+        step checks 110 "$python" bench/gpu_checks.py --skip float16
+        step relations 30 "$python" bench/gpu_relation_checks.py
+        step int8-checks 20 "$python" bench/gpu_int8_checks.py
     fi
 }
 
@@ -117,15 +118,17 @@ benches() {
         bench topk 20 topk "${tiny[@]}" cross-entropy --vocab 257 --rows 8 --k 4
         bench attention 20 attention "${tiny[@]}" --tokens 40 --heads 2 --dim 8
         bench relation 20 relation "${tiny[@]}" --loss rkd-angle gram --rows 9 --width 4
+        bench int8 20 int8 "${tiny[@]}" --shape 3,64,32
         bench call 20 call "${tiny[@]}" --calls 3
         return
     fi
     # What matters most comes first: rows are written case by case, and a time limit loses the last ones alone.
-    bench kd 75 kd --device cuda --vocab 128256 50257 151936 32000 262144
-    bench head 80 head --device cuda --vocab 128256 --hidden 4096 --rows 8192 1024 2048 --mode forward+backward --repeat 10
-    bench kd-divergences 45 kd --device cuda --vocab 128256 --mode forward+backward --divergence jsd tvd reverse_kl
-    bench attention 40 attention --device cuda --tokens 8192 --mode forward+backward
+    bench kd 70 kd --device cuda --vocab 128256 50257 151936 32000 262144
+    bench head 75 head --device cuda --vocab 128256 --hidden 4096 --rows 8192 1024 2048 --mode forward+backward --repeat 10
+    bench kd-divergences 40 kd --device cuda --vocab 128256 --mode forward+backward --divergence jsd tvd reverse_kl
+    bench attention 35 attention --device cuda --tokens 8192 --mode forward+backward
     bench relation 25 relation --device cuda --loss rkd-angle rkd-distance gram --rows 1024 --width 512
+    bench int8 20 int8 --device cuda
     bench topk 20 topk --device cuda --vocab 128256 --mode forward+backward
     bench call 15 call --device cuda
 }

@@ -1,4 +1,4 @@
-"""int8 linear layers of other libraries, made from a float layer: the best that each has for a CPU."""
+"""int8 linear layers of other libraries, made from a float layer: the best that each has."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from bench.providers import need
+from bench.providers import Unavailable, need
+from fastkd._int8 import quantize_channels
 
 Layer = Callable[[Tensor], Tensor]
 
 
 def float32(layer: nn.Linear, _: Tensor) -> Layer:
-    return layer
+    return lambda x: layer(x.float()).to(x.dtype)
 
 
 def bfloat16(layer: nn.Linear, input: Tensor) -> Layer:
     half = copy.deepcopy(layer).bfloat16()
-    return lambda x: half(x.bfloat16()).float()
+    return lambda x: half(x.bfloat16()).to(x.dtype)
 
 
 def torch_dynamic(layer: nn.Linear, _: Tensor) -> Layer:
@@ -69,6 +70,31 @@ def bitsandbytes(layer: nn.Linear, _: Tensor) -> Layer:
     return model.to("cpu")
 
 
+def int_mm(layer: nn.Linear, input: Tensor) -> Layer:
+    """torch's product of int8 matrices, and what has to be around it."""
+    weight, scale = quantize_channels(layer.weight)
+    bias = layer.bias.detach()
+
+    def run(x: Tensor) -> Tensor:
+        wide = x.float()
+        steps = wide.abs().amax(1, keepdim=True) / 127
+        sums = torch._int_mm((wide / steps).round().to(torch.int8), weight.t())
+        return (sums * scale * steps + bias).to(x.dtype)
+
+    try:
+        run(input)
+    except RuntimeError as error:  # fewer than 17 rows, or sizes that are no multiples of 8
+        raise Unavailable(str(error).split("\n")[0]) from error
+    return run
+
+
+def int_mm_compiled(layer: nn.Linear, input: Tensor) -> Layer:
+    torch._dynamo.reset()
+    compiled = torch.compile(int_mm(layer, input), dynamic=False)
+    compiled(input)
+    return compiled
+
+
 RIVALS: dict[str, Callable[[nn.Linear, Tensor], Layer]] = {
     "eager": float32,
     "bfloat16": bfloat16,
@@ -77,4 +103,10 @@ RIVALS: dict[str, Callable[[nn.Linear, Tensor], Layer]] = {
     "torchao-compiled": torchao_compiled,
     "quanto": quanto,
     "bitsandbytes": bitsandbytes,
+    "int-mm": int_mm,
+    "int-mm-compiled": int_mm_compiled,
 }
+
+
+ANYWHERE = ("eager", "bfloat16")
+ON_CUDA = (*ANYWHERE, "int-mm", "int-mm-compiled")  # the others are measured on the CPU

@@ -282,6 +282,7 @@ STEPS = [
     "kd-divergences",
     "attention",
     "relation",
+    "int8",
     "topk",
     "call",
     "losses",
@@ -301,6 +302,7 @@ def test_a_gpu_machine_where_everything_works(machine: Machine) -> None:
     assert [file for file, *_ in files] == [
         "tests/test_bench_gpu.py",
         "tests/test_bench_gpu_relation.py",
+        "tests/test_bench_gpu_int8.py",
         "tests/test_triton_kernels.py",
         "tests/test_matmul.py",
         "tests/test_head_device_compaction.py",
@@ -350,6 +352,7 @@ def test_one_step_that_fails_fails_the_run_and_stops_nothing(machine: Machine, s
         "topk": "run.py topk",
         "attention": "run.py attention",
         "relation": "run.py relation",
+        "int8": "run.py int8",
         "call": "run.py call",
         "losses": "/losses.xml",
     }
@@ -365,7 +368,7 @@ def test_one_step_that_fails_fails_the_run_and_stops_nothing(machine: Machine, s
 
 def test_a_dry_run_fails_where_python_does(machine: Machine) -> None:
     status, summary = machine.gpu_script("--dry-run", PYTHON="false")
-    assert summary.count("FAILED") == 8
+    assert summary.count("FAILED") == 9
     assert "FAILED   checks: exit status 1\n" in summary
     assert status == 1
 
@@ -398,12 +401,13 @@ def test_gpu_script_dry_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     summary = done.stdout.split("== summary\n")[1]
     assert "FAILED" not in summary
-    for step in ("environment", "build", "checks", "kd", "head", "topk", "attention", "relation", "call"):
+    for step in ("environment", "build", "checks", "kd", "head", "topk", "attention", "relation", "int8", "call"):
         assert f" {step}" in summary
     assert sorted(path.name.split("-")[0] for path in tmp_path.iterdir()) == [
         "attention",
         "call",
         "head",
+        "int8",
         "kd",
         "relation",
         "topk",

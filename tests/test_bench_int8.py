@@ -68,3 +68,29 @@ def test_the_roof_counts_every_product() -> None:
     roof = int8.Registers(10**7)
     made = 2 * roof.peak(roof.rounds, 1)
     assert abs(made - roof.work) <= 0.01 * roof.work
+
+
+def test_rivals_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here on the CPU, which has the same product of int8 matrices."""
+    layer, input = nn.Linear(64, 32).requires_grad_(False), torch.randn(20, 64).bfloat16()
+    truth = int8.Truth(layer, input)
+    error = truth.error(int8_rivals.int_mm(layer, input)(input))
+    assert abs(error - truth.least) < 0.02 * truth.least
+    product = int8.Product(20, 64, 32, torch.device("cpu"))
+    assert product()[0].shape == (20, 32)
+    assert product.work == 2 * 20 * 64 * 32
+
+    def refuse(*_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("self.size(0) needs to be greater than 16\nand more")
+
+    monkeypatch.setattr(torch, "_int_mm", refuse)
+    with pytest.raises(int8.Unavailable, match=r"^self\.size\(0\) needs to be greater than 16$"):
+        int8_rivals.int_mm(layer, input)
+
+
+def test_who_is_measured_where() -> None:
+    truth = int8.Truth(nn.Linear(8, 4).requires_grad_(False), torch.randn(2, 8))
+    for name in ("int-mm", "int-mm-compiled"):
+        with pytest.raises(int8.Unavailable, match=r"^it is not measured on cpu$"):
+            int8.contender(name, truth, None)
+    assert int8.contender("bfloat16", truth, None).error < 0.05

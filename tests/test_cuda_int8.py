@@ -105,7 +105,7 @@ def test_groups_of_tiles(cuda_on_cpu: Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "terms", "columns", "launches"), [(1, 1 << 17, 8, 1), (9, 1 << 17, 8, 2), (3, (1 << 17) + 1, 3, 3)]
+    ("rows", "terms", "columns", "launches"), [(1, 1 << 17, 8, 1), (9, 1 << 17, 8, 2), (3, (1 << 17) + 2049, 16, 3)]
 )
 def test_sums_are_exact_however_long(cuda_on_cpu: Machine, rows: int, terms: int, columns: int, launches: int) -> None:
     """The largest that 32 bits hold, and more; what is left of two large parts, too."""

@@ -77,6 +77,8 @@ def test_quantiles() -> None:
     assert LossQuantile(0.5)(student, None, torch.tensor([0, 0, 1, 1])).tolist() == [1, 0, 1, 0]
     assert LossQuantile(0.26)(teacher, None, torch.zeros(4, dtype=torch.long)).tolist() == [1, 1, 0, 0]
     assert LossQuantile(1.0)(teacher, None, torch.tensor([0, -100, 1, 0])).tolist() == [1, 0, 1, 1]
+    certain = torch.tensor([[0.0, 0.0], [1e4, 0.0]])  # a loss of 0, behind a row that does not count
+    assert LossQuantile(1.0)(certain, None, torch.tensor([-100, 0])).tolist() == [0, 1]
     for rows in range(1, 60):
         for tenths in range(1, 11):
             taken = LossQuantile(tenths / 10)(torch.zeros(rows, 2), None, torch.zeros(rows, dtype=torch.long)).sum()
@@ -93,6 +95,17 @@ def test_errors() -> None:
             kind(torch.zeros(1, 2), torch.zeros(1, 2), None)
     with pytest.raises(ValueError, match="divergence must be one of"):
         LossQuantile(0.5, by="huber")(torch.zeros(1, 2), torch.zeros(1, 2), None)
+
+
+@pytest.mark.parametrize("kind", ALL, ids=repr)
+def test_an_ignore_index_that_is_no_class(kind: Any) -> None:
+    """As 255 on the maps of many data sets."""
+    student, teacher, (x, y) = Net(6).eval(), Net(6).eval(), vectors(8)
+    y[2] = 255
+    keep = y != 255
+    loss, _ = Distiller(student, teacher, [Term(fastkd.kd_loss, row_weight=kind, ignore_index=255)]).loss((x, y))
+    own, taught = student(x)[keep], teacher(x)[keep]
+    torch.testing.assert_close(loss, fastkd.kd_loss(own, taught, y[keep], row_weight=kind(own, taught, y[keep])))
 
 
 def test_in_terms() -> None:

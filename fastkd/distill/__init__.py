@@ -3,9 +3,13 @@
 from .batches import OfBatch, next_token_labels
 from .capture import Capture
 from .distiller import Distiller
+from .fit import fit
+from .group import Group
 from .hard_samples import WSLD, Focal, LossQuantile, TeacherGap
 from .initialize import Initialized, init_from_teacher
+from .result import Result
 from .schedules import Cosine, Function, Linear, Piecewise, Schedule, Warmup
+from .stages import Stage, fit_chain, fit_stages
 from .teacher import Teacher
 from .term import Term
 
@@ -16,16 +20,22 @@ __all__ = [
     "Distiller",
     "Focal",
     "Function",
+    "Group",
     "Initialized",
     "Linear",
     "LossQuantile",
     "OfBatch",
     "Piecewise",
+    "Result",
     "Schedule",
+    "Stage",
     "Teacher",
     "TeacherGap",
     "Term",
     "Warmup",
+    "fit",
+    "fit_chain",
+    "fit_stages",
     "init_from_teacher",
     "next_token_labels",
 ]

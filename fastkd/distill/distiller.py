@@ -13,6 +13,7 @@ from .. import _checks
 from . import batches
 from .capture import Capture
 from .checking import check_models, check_optimizer, check_paths, check_terms, learns
+from .fit import fit
 from .teacher import Teacher, frozen
 from .term import LOGITS, Now, Term, listed
 
@@ -220,7 +221,7 @@ class Distiller(nn.Module):
                 an argument of this name divide their sum by it, so that the losses of the batches add up to that of all
                 rows at once. A dict gives one by the name of a term. DistributedDataParallel averages: pass the number
                 over all ranks, divided by that of the ranks.
-            share: What part of the step this batch is. Losses that take no normalizer are multiplied by it.
+            share: What part of the step this batch is. Terms without a normalizer are multiplied by it.
             teacher_outputs: What :meth:`teach` returned for this batch: the teachers do not run.
 
         Returns:
@@ -287,6 +288,8 @@ class Distiller(nn.Module):
             got = self.teachers[name].run(self._call, inputs, capture, own_paths)
             values.update({path: got[own] for own, path in own_paths.items()})
         return values
+
+    fit = fit
 
     def teacher_paths(self) -> list[str]:
         """What the terms whose weight is not 0 now ask of the teachers."""

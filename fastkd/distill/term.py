@@ -201,10 +201,8 @@ class Term:
         if not isinstance(loss, Tensor) or loss.ndim:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             _checks.bad_type("Term", "loss", f"return a 0-dim tensor ({self.name})", got)
-        if now.normalizer is not None and not self.takes_normalizer:
-            assert now.share is not None
-            loss = loss * now.share
-        return loss
+        divided = now.normalizer is not None and self.takes_normalizer
+        return loss if divided or now.share is None else loss * now.share
 
     @property
     def takes_normalizer(self) -> bool:

@@ -15,12 +15,12 @@ class Watch:
         self.waits = device.type != "cpu"
         self.loss = torch.full((), -1.0, device=device)  # the first step of a NaN; -1 before there is one
         self.gradient = self.loss.clone()
-        self.parts: dict[str, Tensor] = {}  # which were NaN at some step
+        self.parts: dict[str, Tensor] = {}  # which were NaN at that step
 
     def see(self, step: int, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
         self.loss = _first(self.loss, step, loss)
         for name, part in parts.items():
-            found = torch.isnan(part)
+            found = torch.isnan(part) & (self.loss == step)
             self.parts[name] = found | self.parts[name] if name in self.parts else found
         if not self.waits:
             self.check()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import int8, providers, record, run
+from bench import int8, int8_rivals, providers, record, run
 from bench.measure import Contender
 
 TINY = ["int8", "--device", "cpu", "--threads", "1", "--repeat", "2", "--commit", "abc1234", "--shape", "3,64,32"]

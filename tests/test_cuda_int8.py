@@ -140,6 +140,7 @@ def test_no_number_for_rows_without_a_step(cuda_on_cpu: Machine, rows: int) -> N
     for step in (0.0, -1.0, torch.nan, torch.inf):
         assert layer(cuda_on_cpu, flat(rows, 40), w, scale, bias, step).isnan().all()
     x = torch.zeros(rows, 40)
+    assert not layer(cuda_on_cpu, x, w, scale).signbit().any(), "of a row without a step every number is 0"
     x[0, 3] = 1e-45
     assert_same_bits(layer(cuda_on_cpu, x, w, scale, bias), bias.expand(rows, 20))
 

@@ -1,4 +1,5 @@
-// Instructions that CUDA C++ has no name for. All lanes of a warp take part in `multiply_add` and in `load_matrices`.
+// Instructions that CUDA C++ has no name for. All lanes of a warp take part in `multiply_add` and in `load_matrices`, which
+// are volatile so that no compiler moves them to where some lanes are alone.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -13,7 +14,7 @@ namespace fastkd::cuda {
 // c += a b: a has 16 rows of 32 int8 numbers, b 32 rows of 8, and c 16 rows of 8 int32. Lane l has of c the columns
 // 2 (l % 4) and the next, of the rows l / 4 and l / 4 + 8.
 __device__ inline void multiply_add(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

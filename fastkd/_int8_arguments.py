@@ -33,7 +33,7 @@ def by_channel(op: str, argument: str, value: Any, of: Tensor, dtype: torch.dtyp
         bad_value(op, argument, f"have one number for each of {of.shape[0]} channels", f"shape {tuple(value.shape)}")
     on_device(op, argument, value, of)
     numbers: Tensor = value if value.dtype is dtype else value.to(dtype)
-    return numbers.contiguous()
+    return numbers.contiguous().resolve_neg()
 
 
 def input_scale(op: str, value: Any, of: Tensor, dtype: torch.dtype) -> Tensor:
@@ -42,7 +42,7 @@ def input_scale(op: str, value: Any, of: Tensor, dtype: torch.dtype) -> Tensor:
         bad_value(op, "input_scale", "be one number", f"shape {tuple(value.shape)}")
     on_device(op, "input_scale", value, of)
     number: Tensor = value.to(dtype).reshape(())
-    return number
+    return number.resolve_neg()
 
 
 def bad_step(op: str, value: float | None) -> NoReturn:

@@ -154,10 +154,10 @@ def conv2d(
     dtype = compute_dtype(input.dtype)
     tensors = _channels(CONV2D, weight, scale, bias, dtype)
     step = None if input_scale is None else check.input_scale(CONV2D, input_scale, input, dtype)
-    dense = input if input.is_contiguous(memory_format=torch.channels_last) else input.contiguous()
+    dense = (input if input.is_contiguous(memory_format=torch.channels_last) else input.contiguous()).resolve_neg()
     if residual is not None:
         check.residual(CONV2D, residual, input, _images_shape(input, weight, window))
-        residual = residual.contiguous(memory_format=memory_format(dense))
+        residual = residual.contiguous(memory_format=memory_format(dense)).resolve_neg()
     check.activation(CONV2D, activation)
     call = _traced_conv2d if _in_graph(input, *tensors, step, residual) else _conv2d
     return call(dense, weight.contiguous(), *tensors, step, residual, activation, *window, impl)
@@ -210,9 +210,9 @@ def _residual(op: str, residual: Any, input: Tensor, shape: tuple[int, ...]) -> 
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    """As a matrix with last stride 1, copied only where the layout forces it."""
+    """As a matrix with last stride 1, copied only where the layout, or a lazy minus sign, forces it."""
     rows = tensor if tensor.ndim == 2 else tensor.flatten(0, -2) if tensor.ndim > 2 else tensor.unsqueeze(0)
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+    return (rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()).resolve_neg()
 
 
 def _in_graph(*tensors: Tensor | None) -> bool:

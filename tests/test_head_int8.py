@@ -98,6 +98,8 @@ def test_logits_of_the_layer_itself(impl: str, config: Any, dtype: torch.dtype) 
     want = alike(problem.input.float())
     torch.testing.assert_close(head.logits(), want, rtol=2e-6, atol=1e-5)
     close(problem.loss(head, impl=impl), problem.loss(want, impl=impl), 1e-5)
+    capped = Head.from_layer(layer, problem.input, workspace=FEW, scale=0.5, softcap=3.0)
+    close(problem.loss(capped, impl=impl), problem.loss(3 * (0.5 * want / 3).tanh(), impl=impl), 1e-5)
     plain = Head.from_layer(layer, problem.input, round_input=False)
     exact = problem.input.float() @ layer.float_weight().T + problem.bias
     torch.testing.assert_close(plain.logits(), exact, rtol=2e-6, atol=1e-5)

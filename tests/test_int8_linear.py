@@ -217,3 +217,19 @@ def test_threads_change_no_bit() -> None:
         assert torch.equal(int8.linear(wide, narrow, scale[:3], impl="native"), want[1])
     assert_same_bits(want[0], linear(x, w, scale, bias))
     assert_same_bits(want[1], linear(wide, narrow, scale[:3], None))
+
+
+def test_a_lazy_minus_sign_is_a_sign(impl: str) -> None:
+    """Which tensors carry that are made by conj(): their memory holds the other sign."""
+    negated = torch._neg_view
+    for terms in (1, 9):
+        x, w, scale, bias, residual = flat(5, terms), weights(7, terms), scales(7), flat(7), flat(5, 7, seed=2)
+        want = int8.linear(-x, w, -scale, -bias, residual=-residual, impl=impl)
+        got = int8.linear(negated(x), w, negated(scale), negated(bias), residual=negated(residual), impl=impl)
+        assert torch.equal(got, want)
+        want = int8.linear(x, w, scale, input_scale=torch.tensor(0.02), impl=impl)
+        assert torch.equal(int8.linear(x, w, scale, input_scale=negated(torch.tensor(-0.02)), impl=impl), want)
+        image, kernel = x.view(5, terms, 1, 1), w.view(7, terms, 1, 1)
+        want = int8.conv2d(-image, kernel, scale, residual=-residual.view(5, 7, 1, 1), impl=impl)
+        residual = negated(residual).view(5, 7, 1, 1)
+        assert torch.equal(int8.conv2d(negated(image), kernel, scale, residual=residual, impl=impl), want)

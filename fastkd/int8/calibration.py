@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from .. import _checks
 from .configs import Static
 from .observers import Observer, observer
 from .recording import check
+
+_calibrating: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
@@ -30,7 +33,8 @@ def calibrate(model: nn.Module) -> Iterator[None]:
 
     Raises:
         TypeError: a wrong type.
-        ValueError: no layer has Static; a model in training mode; nothing was run inside; an input that is not finite.
+        ValueError: no layer has Static, or one is calibrated already; a model in training mode; nothing was run inside;
+            an input that is not finite.
 
     Warns:
         RuntimeWarning: some layers saw no input, or nothing but zeros: they keep what they had.
@@ -48,6 +52,9 @@ def calibrate(model: nn.Module) -> Iterator[None]:
     layers = static_layers(model)
     if not layers:
         _checks.bad_value("calibrate", "model", "have layers that were quantized with Static()", "none")
+    if busy := [name for name, layer in layers.items() if layer in _calibrating]:
+        rule = "have no layer that is calibrated already"
+        _checks.bad_value("calibrate", "model", rule, f"{', '.join(busy)} in another context")
     before = {name: layer.input_scale for name, layer in layers.items()}
     observers = {name: observer(layer.config) for name, layer in layers.items()}
     handles = [
@@ -56,6 +63,7 @@ def calibrate(model: nn.Module) -> Iterator[None]:
     ]
     for layer in layers.values():
         layer.input_scale = None  # which rounds each row by itself
+        _calibrating.add(layer)
     scales: dict[str, float | None] = {}
     try:
         yield
@@ -63,9 +71,11 @@ def calibrate(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        for name, layer in layers.items():
-            scale, old = scales.get(name), before[name]
-            layer.input_scale = old if scale is None else torch.full_like(old, scale)
+        with torch.inference_mode(False):  # whose tensors no state_dict could be loaded into later
+            for name, layer in layers.items():
+                scale, old = scales.get(name), before[name]
+                layer.input_scale = old if scale is None else torch.full_like(old, scale)
+                _calibrating.discard(layer)
     _complain(scales)
 
 
@@ -74,7 +84,7 @@ def static_layers(model: nn.Module) -> dict[str, Any]:
     return {
         name: layer
         for name, layer in model.named_modules()
-        if layer._buffers.get("input_scale") is not None and isinstance(layer.config, Static)
+        if (layer._buffers.get("input_scale") is not None or layer in _calibrating) and isinstance(layer.config, Static)
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.prune import BasePruningMethod
 
@@ -57,6 +58,8 @@ def refusal(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | None
     """Why it is left as it is, None if it is not, and an empty string for what has no weights to speak of."""
     if isinstance(module, Int8Layer):
         return "it is int8 already"
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        return "it is not initialized: run the model once before"
     if type(module) not in kinds:
         weights = any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
         if is_parametrized(module):
@@ -73,7 +76,13 @@ def refusal(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | None
         return "its weight is empty"
     if getattr(module, "max_norm", None) is not None:
         return "max_norm changes its weight as it runs"
-    return None
+    more = [name for name in (*module._parameters, *module._buffers, *module._modules) if name not in _known(module)]
+    return f"it also holds {', '.join(more)}" if more else None
+
+
+def _known(module: nn.Module) -> set[str]:
+    masked = [f"{hook._tensor_name}{end}" for hook in pruning(module) for end in ("_orig", "_mask")]
+    return {"weight", "bias", "input_scale", *masked}
 
 
 def pruning(module: nn.Module) -> list[BasePruningMethod]:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _checks
+from .. import _checks, _int8_arguments
 from .._int8_operators import conv2d
 from .configs import Config, Dynamic, WeightOnly
 from .layer import Int8Layer, float32, rounded, with_parameters
 
 Pair = tuple[int, int]
+ACTIVATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
 MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -33,6 +41,7 @@ class Int8Conv2d(Int8Layer):
         bias: ``(N,)`` float32.
         stride, padding, dilation, groups, padding_mode: As in :class:`torch.nn.Conv2d`.
         config: What happens to the input.
+        activation: As in :class:`Int8Linear`.
         dtype: Of the weight, once it is float again.
 
     Raises:
@@ -57,9 +66,12 @@ class Int8Conv2d(Int8Layer):
         groups: int = 1,
         padding_mode: str = "zeros",
         config: Config | None = None,
+        activation: str = "none",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(weight, scale, bias, Dynamic() if config is None else config, dtype)
+        _int8_arguments.activation("Int8Conv2d", activation)
+        self.activation = activation
         _checks.choice("Int8Conv2d", "padding_mode", padding_mode, MODES)
         self.kernel_size = weight.shape[2], weight.shape[3]
         self.stride, self.dilation = _pair(stride), _pair(dilation)
@@ -69,7 +81,14 @@ class Int8Conv2d(Int8Layer):
         self.folded: str | None = None  # the name of a norm that is part of these numbers
 
     @classmethod
-    def from_float(cls, layer: nn.Conv2d, config: Config | None = None, norm: nn.BatchNorm2d | None = None) -> Any:
+    def from_float(
+        cls,
+        layer: nn.Conv2d,
+        config: Config | None = None,
+        norm: nn.BatchNorm2d | None = None,
+        *,
+        activation: str = "none",
+    ) -> Any:
         """One scale for each output channel; a norm in evaluation mode that follows becomes part of them.
 
         A norm multiplies the scales, and where it is negative turns the signs: the same int8 numbers as without it.
@@ -90,10 +109,12 @@ class Int8Conv2d(Int8Layer):
             groups=layer.groups,
             padding_mode=layer.padding_mode,
             config=config,
+            activation=activation,
             dtype=layer.weight.dtype,
         )
 
     def to_float(self) -> nn.Conv2d:
+        self._refuse_activation()
         layer = nn.Conv2d(
             self.in_channels,
             self.out_channels,
@@ -121,12 +142,14 @@ class Int8Conv2d(Int8Layer):
                 padding=padding,
                 dilation=self.dilation,
                 groups=self.groups,
+                activation=self.activation,
             )
             return self._out(output)
         with torch.autocast(input.device.type, enabled=False):
             dtype = torch.promote_types(padded.dtype, torch.float32)
             weight, bias = self.float_weight().to(dtype), None if self.bias is None else self.bias.to(dtype)
             output = F.conv2d(padded.to(dtype), weight, bias, self.stride, padding, self.dilation, self.groups)
+            output = ACTIVATED[self.activation](output)
         return self._out(output.to(input.dtype))
 
     def _padded(self, input: Tensor) -> tuple[Tensor, Pair]:

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from .. import _int8_arguments
+from .. import _checks, _int8_arguments
 from .._int8 import quantize_channels
 from .configs import Config, Static
 
@@ -27,6 +27,7 @@ class Int8Layer(nn.Module):
     """
 
     ndim: ClassVar[int] = 2  # of the weight
+    activation: str = "none"  # what follows in the same pass
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
@@ -52,6 +53,11 @@ class Int8Layer(nn.Module):
         """The layer that this one came from, with the numbers that it has now."""
         raise NotImplementedError
 
+    def _refuse_activation(self) -> None:
+        if self.activation != "none":
+            rule = "be 'none' in a layer that becomes float, which has none"
+            _checks.bad_value(type(self).__name__, "activation", rule, repr(self.activation))
+
     def _out(self, output: Tensor) -> Tensor:
         """In the dtype that a float layer's output has: autocast decides, if it is on."""
         kind = output.device.type
@@ -72,6 +78,7 @@ class Int8Layer(nn.Module):
                 new = twin
             elif new.dtype is not old.dtype:
                 new = old.to(new.device)
+            new = new.contiguous()  # channels_last is of no use to a weight that is packed, and found by its identity
             moved[id(old)] = ref(old), ref(new)
             self._buffers[name] = new
         return self
@@ -87,7 +94,8 @@ class Int8Layer(nn.Module):
 
     def extra_repr(self) -> str:
         sizes = ", ".join(str(size) for size in self.weight.shape)
-        return f"{sizes}, {self.config.scheme}, bias={self.bias is not None}"
+        ending = "" if self.activation == "none" else f", activation={self.activation}"
+        return f"{sizes}, {self.config.scheme}, bias={self.bias is not None}{ending}"
 
 
 def rounded(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from .. import _int8_arguments
 from .._int8_operators import linear, weight_only_linear
 from .configs import Config, Dynamic, WeightOnly
 from .layer import Int8Layer, float32, rounded, with_parameters
@@ -25,6 +28,8 @@ class Int8Linear(Int8Layer):
         scale: ``(N,)`` float32, what one step of each row stands for.
         bias: ``(N,)`` float32.
         config: What happens to the input.
+        activation: ``"relu"``, ``"gelu"``, ``"gelu_tanh"`` or ``"silu"`` in the same pass over the output, in float32.
+            For models that are built of int8 layers: :func:`quantize_` leaves activations where they are.
         dtype: Of the weight, once it is float again.
 
     Raises:
@@ -44,22 +49,31 @@ class Int8Linear(Int8Layer):
         bias: Tensor | None = None,
         *,
         config: Config | None = None,
+        activation: str = "none",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(weight, scale, bias, Dynamic() if config is None else config, dtype)
+        _int8_arguments.activation("Int8Linear", activation)
+        self.activation = activation
         self.out_features, self.in_features = weight.shape
 
     @classmethod
-    def from_float(cls, layer: nn.Linear, config: Config | None = None) -> Int8Linear:
+    def from_float(cls, layer: nn.Linear, config: Config | None = None, *, activation: str = "none") -> Int8Linear:
         """One scale for each output channel; the bias is copied."""
         weight, scale = rounded(layer.weight)
-        return cls(weight, scale, float32(layer.bias), config=config, dtype=layer.weight.dtype)
+        options: dict[str, Any] = {"config": config, "activation": activation, "dtype": layer.weight.dtype}
+        return cls(weight, scale, float32(layer.bias), **options)
 
     def to_float(self) -> nn.Linear:
+        self._refuse_activation()
         layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         return with_parameters(layer, self.float_weight(), self.bias, self.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(self.config, WeightOnly):
-            return self._out(weight_only_linear(input, self.weight, self.scale, self.bias))
-        return self._out(linear(input, self.weight, self.scale, self.bias, input_scale=self.input_scale))
+            return self._out(weight_only_linear(*self._given(input), activation=self.activation))
+        output = linear(*self._given(input), input_scale=self.input_scale, activation=self.activation)
+        return self._out(output)
+
+    def _given(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        return input, self.weight, self.scale, self.bias

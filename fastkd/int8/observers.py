@@ -40,10 +40,10 @@ class Observer:
         return self.largest
 
     def scale(self) -> float | None:
-        """None if nothing was seen, or nothing but zeros."""
-        covered = self.covered()
+        """None if nothing was seen, or nothing but zeros and what float32 makes zeros of."""
         # In float32, as the layers divide.
-        return float(torch.tensor(covered) / torch.tensor(float(LEVELS))) if covered > 0 else None
+        scale = float(torch.tensor(self.covered()) / torch.tensor(float(LEVELS)))
+        return scale if scale > 0 else None
 
 
 class MovingAverage(Observer):

@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class Quantized:
     """Layers with a matrix of weights that were left as they are, and why."""
 
 
+@torch.inference_mode(False)  # whose tensors cannot be written to later, nor be known again once they are packed
 def quantize_(
     model: nn.Module,
     config: Configs | None = None,
@@ -114,6 +116,7 @@ def quantize_(
     return Quantized(done, folded, left)
 
 
+@torch.inference_mode(False)
 def dequantize(model: nn.Module) -> nn.Module:
     """A copy of a model whose int8 layers are float again, with the numbers that they have now. Same as, for each::
 
@@ -146,8 +149,9 @@ def dequantize(model: nn.Module) -> nn.Module:
 
 
 def become(module: nn.Module, new: nn.Module) -> None:
-    """Make a module another one, whoever holds it. Its hooks and its mode stay."""
-    kept = {name: value for name, value in vars(module).items() if name in HOOKS}
+    """Make a module another one, whoever holds it. Its hooks, its mode and what people noted on it stay."""
+    own = _own_names()
+    kept = {name: value for name, value in vars(module).items() if name in HOOKS or name not in own}
     state = {**vars(new), **kept, "training": module.training}
     vars(module).clear()
     module.__class__ = type(new)
@@ -155,6 +159,18 @@ def become(module: nn.Module, new: nn.Module) -> None:
     pre_hooks = module._forward_pre_hooks
     for key in [key for key, hook in pre_hooks.items() if isinstance(hook, BasePruningMethod)]:
         del pre_hooks[key]  # what it would mask is masked
+
+
+@lru_cache
+def _own_names() -> frozenset[str]:
+    """Of what the layers themselves keep; pruning keeps the weight there, too."""
+    number, scale = torch.zeros(1, 1, dtype=torch.int8), torch.ones(1)
+    layers = (
+        *(nn.Linear(1, 1, device="meta"), nn.Conv2d(1, 1, 1, device="meta"), nn.Embedding(1, 1, device="meta")),
+        *(Int8Linear(number, scale), Int8Conv2d(number[:, :, None, None], scale), Int8Embedding(number, scale)),
+        nn.BatchNorm2d(1, device="meta"),
+    )
+    return frozenset(("weight", "bias", *(name for layer in layers for name in vars(layer))))
 
 
 def _form(choice: Choice, norm: nn.BatchNorm2d | None) -> Any:
@@ -174,7 +190,7 @@ def _form(choice: Choice, norm: nn.BatchNorm2d | None) -> Any:
 def _refuse_non_finite(chosen: Sequence[Choice]) -> None:
     for choice in chosen:
         for name, value in choice.module.named_parameters(recurse=False):
-            if not value.is_meta and not bool(value.isfinite().all()):
+            if not value.is_meta and not bool(value.detach().isfinite().all()):
                 _checks.bad_value(
                     "quantize_", "model", f"have finite numbers in {choice.name}.{name}", "NaN or infinity"
                 )

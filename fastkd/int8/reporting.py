@@ -117,7 +117,8 @@ def report(model: nn.Module, float_model: nn.Module, example: Example, *, repeat
 
     Raises:
         TypeError: a wrong type.
-        ValueError: a model in training mode; a layer that the float model does not have.
+        ValueError: a model in training mode; one that returns no floating-point tensor; a layer that the float model
+            does not have.
 
     Example:
         >>> import copy
@@ -141,10 +142,13 @@ def report(model: nn.Module, float_model: nn.Module, example: Example, *, repeat
         times = _milliseconds([lambda: run(model, example), lambda: run(float_model, example)], output, repeat)
     whole = Agreement()
     outputs, float_outputs = _floats(output), _floats(float_output)
+    if not outputs:
+        rule = "return floating-point tensors, maybe in tuples, lists or dicts"
+        _checks.bad_value("report", "model", rule, type(output).__name__)
     for got, want in zip(outputs, float_outputs, strict=True):
         whole.add(got, want)
     agrees = [got.argmax(-1) == want.argmax(-1) for got, want in zip(outputs[:1], float_outputs[:1], strict=True)]
-    top1 = float(agrees[0].double().mean()) if agrees else 1.0
+    top1 = float(agrees[0].double().mean())
     sizes = _bytes(model), _bytes(float_model)
     return Report(tuple(pair.report() for pair in pairs.values()), whole.sqnr(), whole.cosine(), top1, *sizes, *times)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import ranks
 from .batches import tensors
 from .distiller import Distiller
-from .group import Group, members
+from .group import Group, members, terms_of
 from .term import Term
 
 
@@ -21,7 +21,7 @@ class Scale:
     """What :meth:`Distiller.loss` takes for one batch."""
 
     normalizer: dict[str, Any] | None = None
-    share: float | Tensor | None = None
+    share: dict[str, float | Tensor] | None = None
 
 
 def rows_of(batch: Any) -> int:
@@ -36,7 +36,7 @@ def scales(distiller: Distiller | Group, batches: Sequence[Any], device: torch.d
     """For each batch of a step, that of all ranks together.
 
     A term that takes a normalizer and means over labels gets the number of labels that count. Any other is multiplied
-    by the batch's share of the rows, which is exact where all batches have as many rows that count; a sum by 1.
+    by the batch's share of the rows: exact where all batches have as many rows that count. A sum is a sum.
     """
     if len(batches) == 1 and ranks.count() == 1:
         return [Scale()]
@@ -50,11 +50,19 @@ def scales(distiller: Distiller | Group, batches: Sequence[Any], device: torch.d
             normalizer[name] = ranks.total(torch.stack(values).sum()).clamp(min=1) / every
         elif values[0] is not None:
             normalizer[name] = values[0] / every
-    sizes = [rows_of(batch) for batch in batches]
-    whole: float | Tensor = float(sum(sizes))
-    if every > 1:
-        whole = ranks.total(torch.tensor(whole, device=device))
-    return [Scale(normalizer, size * every / whole) for size in sizes]
+    sizes = torch.tensor([rows_of(batch) for batch in batches], dtype=torch.float32, device=device)
+    everyones = ranks.total(sizes)
+    shares, joint = sizes * every / everyones.sum(), everyones / everyones.sum()
+    rest = {name: term for name, term in terms_of(distiller).items() if name not in normalizer}
+    return [
+        Scale(normalizer, {name: (joint if _is_joint(term) else shares)[index] for name, term in rest.items()})
+        for index in range(len(batches))
+    ]
+
+
+def _is_joint(term: Term) -> bool:
+    """Whether it is a loss on the rows of all ranks, the same on each."""
+    return term.options.get("group") is not None
 
 
 def counted(distiller: Distiller | Group, batch: Any) -> dict[str, Tensor | float | None]:
@@ -80,7 +88,7 @@ def _count(term: Term, labels: Any, batch: Any) -> Tensor | float | None:
     if "row_weight" in term.options or labels.is_floating_point():
         return None
     counts: Tensor = labels != _option(term, "ignore_index", -100)
-    return counts.sum(dtype=torch.float64)
+    return counts.sum()
 
 
 def _option(term: Term, name: str, default: Any) -> Any:

@@ -210,7 +210,7 @@ class Distiller(nn.Module):
         batch: Any,
         *,
         normalizer: float | Tensor | Mapping[str, float | Tensor] | None = None,
-        share: float | Tensor | None = None,
+        share: float | Tensor | Mapping[str, float | Tensor] | None = None,
         teacher_outputs: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, and what it is made of.
@@ -221,7 +221,8 @@ class Distiller(nn.Module):
                 an argument of this name divide their sum by it, so that the losses of the batches add up to that of all
                 rows at once. A dict gives one by the name of a term. DistributedDataParallel averages: pass the number
                 over all ranks, divided by that of the ranks.
-            share: What part of the step this batch is. Terms without a normalizer are multiplied by it.
+            share: What part of the step this batch is. Losses that take no normalizer are multiplied by it.
+                A dict gives the factors of other terms too, by name.
             teacher_outputs: What :meth:`teach` returned for this batch: the teachers do not run.
 
         Returns:

@@ -74,9 +74,10 @@ def _on(
         count = counted(distiller, batch)
         normalizer = {name: 1.0 for name, value in count.items() if value is not None}
         with precision.autocast(), _watched(right, batch):
-            _, parts = distiller.loss(batch, normalizer=normalizer, share=float(rows))
+            share = {name: float(rows) for name, value in count.items() if value is None}
+            _, parts = distiller.loss(batch, normalizer=normalizer, share=share)
         for name, part in parts.items():
-            sums[name] = sums.get(name, 0) + part.double()
+            sums[name] = sums.get(name, 0) + _wide(part)
             value = count[name]
             counts[name] = 1.0 if isinstance(value, float) else counts.get(name, 0) + (rows if value is None else value)
     if not counts:
@@ -86,6 +87,11 @@ def _on(
     found = {"loss": sum(weights[name] * mean for name, mean in means.items())}
     found |= {f"{prefix}accuracy": one.value() for prefix, one in right.items() if one.seen}
     return found | {f"term/{name}": mean for name, mean in means.items()}
+
+
+def _wide(value: Tensor) -> Tensor:
+    """Float64, where the device has it."""
+    return value if value.device.type == "mps" else value.double()
 
 
 @contextmanager
@@ -122,8 +128,8 @@ class _Accuracy:
             guess = logits.argmax(self.dim)
             if guess.shape == labels.shape:
                 self.seen, known = True, labels != self.ignore
-                self.right = self.right + ((guess == labels) & known).sum(dtype=torch.float64)
-                self.rows = self.rows + known.sum(dtype=torch.float64)
+                self.right = self.right + ((guess == labels) & known).sum()
+                self.rows = self.rows + known.sum()
 
         return see
 

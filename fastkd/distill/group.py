@@ -95,7 +95,7 @@ class Group(nn.Module):
         batch: Any,
         *,
         normalizer: float | Tensor | Mapping[str, float | Tensor] | None = None,
-        share: float | Tensor | None = None,
+        share: float | Tensor | Mapping[str, float | Tensor] | None = None,
         teacher_outputs: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of all students' losses, and the parts of each; the arguments are those of :meth:`Distiller.loss`."""
@@ -107,10 +107,8 @@ class Group(nn.Module):
             teacher_outputs = first.teach(batch, paths)
         total, parts = None, {}
         for name, one in self.members.items():
-            own = normalizer
-            if isinstance(normalizer, Mapping):
-                own = {key[len(name) + 1 :]: n for key, n in normalizer.items() if key.startswith(f"{name}/")}
-            loss, of_terms = one.loss(batch, normalizer=own, share=share, teacher_outputs=teacher_outputs)
+            scale = {"normalizer": _of_member(name, normalizer), "share": _of_member(name, share)}
+            loss, of_terms = one.loss(batch, teacher_outputs=teacher_outputs, **scale)
             total = loss if total is None else total + loss
             parts.update({f"{name}/{term}": part for term, part in of_terms.items()})
         assert total is not None
@@ -119,6 +117,12 @@ class Group(nn.Module):
 
 def _taught(distiller: Distiller) -> tuple[bool, dict[str, int]]:
     return distiller._single, {name: id(teacher.model) for name, teacher in distiller.teachers.items()}
+
+
+def _of_member(name: str, values: Any) -> Any:
+    if not isinstance(values, Mapping):
+        return values
+    return {key[len(name) + 1 :]: value for key, value in values.items() if key.startswith(f"{name}/")}
 
 
 def members(distiller: Distiller | Group) -> Iterator[tuple[str, Distiller]]:

@@ -177,7 +177,7 @@ class Loop:
     def _log(self, loss: Tensor, parts: dict[str, Tensor], norm: Tensor | None, rates: list[Any], rows: int) -> None:
         """One wait for the device for all numbers of the row."""
         numbers = [loss, *parts.values(), *([] if norm is None else [norm])]
-        values = iter(torch.stack([number.double() for number in numbers]).tolist())
+        values = iter(torch.stack([number.to(loss.dtype) for number in numbers]).tolist())
         row: dict[str, float | None] = {"step": self.step, "epoch": self.epoch, "loss": next(values)}
         known = {name: next(values) for name in parts}
         terms = terms_of(self.distiller)

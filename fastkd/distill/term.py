@@ -37,7 +37,12 @@ class Now:
         """With what a term divides its sum by, or is multiplied by."""
         if isinstance(normalizer, Mapping):
             normalizer = normalizer.get(term.name)
-        if normalizer is not None and share is None and not term.takes_normalizer:
+        left = normalizer is not None and not term.takes_normalizer
+        if isinstance(share, Mapping):
+            share = share.get(term.name)
+        elif not left:
+            share = None
+        if left and share is None:
             _checks.bad_value("Distiller", "share", f"be given with normalizer, which {term.title} does not take", None)
         return replace(self, normalizer=normalizer, share=share)
 
@@ -201,8 +206,7 @@ class Term:
         if not isinstance(loss, Tensor) or loss.ndim:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             _checks.bad_type("Term", "loss", f"return a 0-dim tensor ({self.name})", got)
-        divided = now.normalizer is not None and self.takes_normalizer
-        return loss if divided or now.share is None else loss * now.share
+        return loss if now.share is None else loss * now.share
 
     @property
     def takes_normalizer(self) -> bool:

@@ -219,6 +219,23 @@ def test_minilm_is_the_papers_formula(impl: str) -> None:
     )
 
 
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 0.0)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_relation_of_weight_0_may_hold_anything(reduction: str, weights: tuple[float, float]) -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 1, 5, 8), torch.randn(2, 1, 5, 8)
+    student[1], teacher[1] = torch.nan, torch.inf
+    leaves = [x.clone().requires_grad_() for x in student]
+    loss = fastkd.minilm_loss(leaves, list(teacher), relation_heads=2, weights=weights, reduction=reduction)
+    leaf = student[0].clone().requires_grad_()
+    alone = weights[0] * fastkd.minilm_loss([leaf], [teacher[0]], relation_heads=2, reduction=reduction)
+    torch.testing.assert_close(loss, alone)
+    loss.sum().backward()
+    alone.sum().backward()
+    torch.testing.assert_close(leaves[0].grad, leaf.grad)
+    assert torch.equal(leaves[1].grad, torch.zeros_like(student[1]))
+
+
 def test_minilm_masks_weights_and_rows() -> None:
     student, teacher = torch.randn(3, 2, 4, 9, 16).unbind(), torch.randn(3, 2, 6, 9, 8).unbind()
     mask = torch.arange(9) < torch.tensor([[9], [5]])

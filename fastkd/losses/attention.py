@@ -155,7 +155,7 @@ def minilm_loss(
         teacher: As many tensors, for the same tokens; sizes of heads and their number may differ.
         relation_heads: A: into how many heads each tensor is split, after its own are concatenated. The paper takes
             more than the student has (48 and 64 for the base and the large teacher).
-        weights: One number for each relation; default 1.
+        weights: One number for each relation; default 1. A relation of weight 0 may hold anything.
         causal: A token sees those up to its own.
         mask: bool ``(B, L)``, False for padding, which neither counts nor is seen.
         reduction: As in :func:`attention_kl_loss`; ``"none"`` gives ``(B, A, L)``.
@@ -193,6 +193,8 @@ def minilm_loss(
     options: dict[str, Any] = {"causal": causal, "key_mask": mask, "query_mask": mask, "reduction": reduction}
     losses = []
     for weight, x, y in zip(numbers, student, teacher, strict=True):
+        if weight == 0:  # then it may hold anything: the rows count as they do elsewhere, and their loss is 0
+            x, y = x.flatten()[:0].sum() + torch.zeros_like(x), torch.zeros_like(y)
         scores = Scores(op, x, x, y, y, relation_heads)
         loss = _compute(scores.rows(**options, scale=None, teacher_scale=None), impl)
         losses.append(weight * (loss.squeeze(0) if scores.flat and loss.ndim else loss))

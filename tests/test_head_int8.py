@@ -17,6 +17,7 @@ import fastkd
 from fastkd import Expected, Head, TopK
 from fastkd.inputs import _rounded
 from fastkd.int8 import Dynamic, Int8Embedding, Int8Linear, Static, WeightOnly, quantize_
+from fastkd.losses import _rounded_source
 from fastkd.testing import assert_as_exact_as_fp32
 
 pytestmark = pytest.mark.few_interpreted(9)
@@ -149,6 +150,21 @@ def test_no_float_copy_of_the_weight(impl: str, round_input: bool, monkeypatch: 
     if impl == "native":
         assert seen.largest <= max(FEW, N * V * 4, 4 * K * 8)
         assert seen.largest < 4 * V * K + N * V * 4
+
+
+@pytest.mark.parametrize(("round_input", "chunks"), [(False, 2), (True, 3)])
+def test_its_logits_count_as_workspace(round_input: bool, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded rows twice, since those of the chunk before are still there."""
+    problem, seen, logits_of = Problem("reference"), [], _rounded.logits_of
+
+    def watched(head: Head, hidden: Tensor, *more: Any) -> Tensor:
+        seen.append(len(hidden))
+        return logits_of(head, hidden, *more)
+
+    monkeypatch.setattr(_rounded_source, "logits_of", watched)
+    fastkd.kd_loss(torch.randn(N, V), problem.head(round_input=round_input))
+    assert len(seen) == chunks
+    assert max(seen) * (2 if round_input else 1) * V * 4 <= FEW
 
 
 def test_the_weight_of_a_large_teacher_is_never_float(monkeypatch: pytest.MonkeyPatch) -> None:

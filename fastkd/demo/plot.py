@@ -118,7 +118,8 @@ def _costs(axes: Axes, result: TextResult) -> None:
             value = getattr(curve, field)
             across, share = place + (number - (len(bars) - 1) / 2) * width, 100 * value / getattr(result.eager, field)
             axes.bar(across, share, width=0.9 * width, color=colour, alpha=0.85)
-            axes.annotate(f"{value:,.0f} {unit}", (across, share), (0, 3), textcoords="offset points", ha="center")
+            label, size = f"{value:,.0f} {unit}", 10 if len(bars) < 4 else 7
+            axes.annotate(label, (across, share), (0, 3), textcoords="offset points", ha="center", fontsize=size)
     for _, colour, label in bars:
         axes.bar(0, 0, color=colour, label=label)
     axes.set_xticks(range(len(shown)), [name for name, _, _ in shown])
@@ -171,9 +172,9 @@ def _int8(axes: Axes, rows: Sequence[Int8Row]) -> None:
                 f"{text}\n{unit}", (across, share), (0, 3), textcoords="offset points", ha="center", fontsize=8
             )
     axes.axhline(100, color=GREY, linestyle="--", linewidth=1)
-    names = [f"{row.name}\n{row.means()['float'][0]:.2f} to {row.means()['int8'][0]:.2f} {row.metric}" for row in rows]
+    names = [f"{row.name}\n{row.means()['float'][0]:.2f} to {row.means()['int8'][0]:.2f}\n{row.metric}" for row in rows]
     axes.set_xticks(range(len(rows)), names, fontsize=8)
-    axes.set_ylim(0, 135)
+    axes.set_ylim(0, 1.3 * max(100, *(100 * after / before for *_, values in every for before, after, _ in values)))
     axes.set_ylabel("relative to float (%)")
     axes.set_title("The same networks with int8 layers")
     axes.legend(frameon=False, loc="upper right", ncols=3)

@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
         "--all",
         action="store_true",
         help="more students: of the teacher's features and relations, one for whom no logits are stored, one of an "
-        "int8 teacher; and networks with int8 layers",
+        "int8 teacher; every way of distilling; and networks with int8 layers",
     )
 
     summary = "run a bench of the source tree"
@@ -107,7 +107,7 @@ def demo(options: argparse.Namespace) -> int:
     if options.all:
         settings = replace(
             settings,
-            digits=replace(settings.digits, terms=True),
+            digits=replace(settings.digits, terms=True, methods=True),
             text=replace(settings.text, heads=True, int8=True),
             int8=True,
         )

@@ -146,6 +146,6 @@ def test_demo_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cli.main(["demo", "--all"])
     plain, everything = demo.Settings(), seen.pop()[2]
     text = replace(plain.text, heads=True, int8=True)
-    assert everything == replace(plain, digits=replace(plain.digits, terms=True), text=text, int8=True)
+    assert everything == replace(plain, digits=replace(plain.digits, terms=True, methods=True), text=text, int8=True)
     cli.main(["demo"])
     assert seen[1] == (Path("fastkd-demo"), demo.PARTS, demo.Settings())

@@ -186,7 +186,7 @@ def test_no_other_environment_variable_is_read(where: str, allowed: set[str]) ->
             assert variables_read(file.read_text()) <= allowed, file
 
 
-HEAVY = {"triton", "sklearn", "matplotlib", "transformers", "tokenizers", "rich", "tqdm"}
+HEAVY = {"triton", "sklearn", "matplotlib", "transformers", "tokenizers", "rich", "tqdm", "tensorboard"}
 
 
 def test_importing_fastkd_imports_nothing_heavy() -> None:

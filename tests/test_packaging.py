@@ -85,6 +85,9 @@ def test_the_extras_are_what_is_imported(project: dict) -> None:
     assert demo == set(cli.DEMO_NEEDS)
     assert required(extras["demo"]) - {"torch"} == {DISTRIBUTIONS.get(name, name) for name in demo}
 
+    distill = imported(*(ROOT / "fastkd" / "distill").glob("*.py")) - here
+    assert required(extras["distill"]) - {"torch"} == distill - {"numpy"} | {"tensorboard"}  # through torch.utils
+
     bench = imported(*(ROOT / "bench").glob("*.py")) - here
     rivals_and_devices = {"bitsandbytes", "liger_kernel", "optimum", "pykeops", "torchao", "torchdistill", "triton"}
     drawing = {"matplotlib"}

@@ -17,6 +17,7 @@ from ..cli import versions
 from . import memory
 from .digits import DigitsResult, spread
 from .int8 import Int8Row
+from .methods_report import MethodsResult, as_json
 from .settings import Settings
 from .text import Curve, TextResult
 
@@ -24,7 +25,12 @@ MEASURED = ("loss_milliseconds", "step_milliseconds", "peak_megabytes")
 
 
 def write_json(
-    path: Path, settings: Settings, digits: DigitsResult | None, text: TextResult | None, int8: Sequence[Int8Row] = ()
+    path: Path,
+    settings: Settings,
+    digits: DigitsResult | None,
+    text: TextResult | None,
+    int8: Sequence[Int8Row] = (),
+    methods: MethodsResult | None = None,
 ) -> None:
     report: dict[str, Any] = {"versions": versions(), "settings": dataclasses.asdict(settings)}
     if digits is not None:
@@ -43,6 +49,8 @@ def write_json(
         }
     if int8:
         report["int8"] = {row.name: {**dataclasses.asdict(row), "mean_and_spread": row.means()} for row in int8}
+    if methods is not None:
+        report["methods"] = as_json(methods)
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

@@ -20,6 +20,10 @@ class DigitsSettings:
     temperature: float = 4.0
     alpha: float = 0.1  # of the rows that have a label; the others get 0
     terms: bool = False  # students of the labels and one term on features each
+    methods: bool = False  # every way of distilling, of networks that are fully connected, and of convolutions
+    method_steps: int = 400
+    map_steps: int = 200
+    canvases: int = 40  # that a student has
 
 
 @dataclass(frozen=True)

@@ -377,6 +377,41 @@ def test_streams(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             cut.fit(train(), epochs=1)
 
 
+def test_what_a_checkpoint_could_not_be_read_with(tmp_path: Path) -> None:
+    class Odd(torch.optim.lr_scheduler.ConstantLR):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.odd = [object()]
+            super().__init__(optimizer)
+
+    message = r"fit: checkpoint\['scheduler'\]\['odd'\]\[0\] must hold tensors, numbers, .* got object"
+    with pytest.raises(TypeError, match=message):
+        both().fit(rows(), epochs=1, out=tmp_path, lr_scheduler=Odd)
+    assert not list(tmp_path.glob("*.pt*"))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1, total_steps=9),
+        lambda optimizer: torch.optim.lr_scheduler.SequentialLR(
+            optimizer,
+            [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 2) for _ in range(2)],
+            milestones=[2],
+        ),
+    ],
+)
+def test_schedulers_go_on(make: Any, tmp_path: Path) -> None:
+    options = {"batch_size": 8, "lr_scheduler": make, "log_every": 1}
+    cut, whole = both(), both()
+    cut.fit(rows(), epochs=1, out=tmp_path / "cut", **options)
+    cut.fit(rows(), epochs=3, out=tmp_path / "cut", resume=True, **options)
+    whole.fit(rows(), epochs=3, out=tmp_path / "whole", **options)
+    same(whole, cut, rtol=0, atol=0)
+    rates = [[row["lr"] for row in csv_rows(tmp_path / which / "train.csv")] for which in ("cut", "whole")]
+    assert rates[0] == rates[1]
+    assert len(set(rates[0])) > 4
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({}, r"fit: epochs must be given, or steps, and not both, got \(None, None\)"),
     ({"epochs": 1, "steps": 1}, r"fit: epochs must be given, or steps, and not both, got \(1, 1\)"),

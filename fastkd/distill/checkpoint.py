@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,6 +14,7 @@ from torch import Tensor
 from .. import _checks
 
 TEMPORARY = ".unfinished"
+PLAIN = (bool, int, float, str, bytes, torch.Size, torch.device)
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
@@ -59,13 +61,11 @@ def _sync_folder(folder: Path) -> None:
 
 def check_plain(where: str, value: Any) -> None:
     """An error for what ``weights_only=True`` would refuse to read, before it is written."""
-    if value is None or type(value) in (bool, int, float, str, bytes) or isinstance(value, Tensor):
-        return
-    if isinstance(value, Mapping):
+    if type(value) in (dict, OrderedDict):
         for key, item in value.items():
             check_plain(f"{where}[{key!r}]", item)
-    elif isinstance(value, (list, tuple)):
+    elif type(value) in (list, tuple):
         for index, item in enumerate(value):
             check_plain(f"{where}[{index}]", item)
-    elif not isinstance(value, (torch.Size, torch.dtype, torch.device)):
+    elif not (value is None or type(value) in PLAIN or isinstance(value, (Tensor, torch.dtype))):
         _checks.bad_type("fit", where, "hold tensors, numbers, strings, lists and dicts alone", type(value).__name__)

@@ -36,7 +36,7 @@ def test_every_method_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for name, values in report["connected"].items():
         assert len(values) == 2
         assert name in printed
-    for task in ("convolutions, accuracy %", "a class a pixel, mean IoU %"):
+    for task in maps.UNITS:
         assert {name: len(values) for name, values in report[task].items()} == {
             "teacher": 1,
             **dict.fromkeys(maps.terms_of("", 1.0, 1.0), 2),

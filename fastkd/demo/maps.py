@@ -20,6 +20,7 @@ from .settings import DigitsSettings
 SIDE, PER_CANVAS = 16, 2
 BACKGROUND = digits.CLASSES
 PLAIN = "logits: kd_loss"
+UNITS = {"convolutional networks": "accuracy %", "a class for every pixel": "mean IoU %"}  # of the two tasks
 Terms = Callable[[], list[Term]]
 
 
@@ -126,7 +127,7 @@ def run(settings: DigitsSettings, seeds: Sequence[int], step: Callable[[], None]
         partial(Segmenter, 24), partial(Segmenter, 16), many, few_canvases, partial(mean_intersection, data=tested),
         terms_of("layers.2", 2.0, 100.0), settings, seeds, step,
     )  # fmt: skip
-    return {"convolutions, accuracy %": images, "a class a pixel, mean IoU %": dense}
+    return dict(zip(UNITS, (images, dense), strict=True))
 
 
 def generator(seed: int) -> torch.Generator:

@@ -46,7 +46,7 @@ def print_methods(console: Console, result: MethodsResult, settings: Settings) -
     connected = f"Every method, {labels} labelled images"
     _print(console, connected, "accuracy %", result.connected, methods.PLAIN, methods.BEST)
     for task, scores in result.maps.items():
-        _print(console, f"Networks of {task.partition(',')[0]}", task.partition(", ")[2], scores, maps.PLAIN, None)
+        _print(console, task.capitalize(), maps.UNITS[task], scores, maps.PLAIN, None)
 
 
 def _print(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import statistics
 from dataclasses import replace
@@ -12,9 +11,8 @@ import pytest
 import torch
 from rich.progress import Progress
 
-import fastkd
 from fastkd import demo
-from fastkd.demo import corpus, digits, int8, text
+from fastkd.demo import corpus, int8, text
 from fastkd.demo.language_model import LanguageModel, rounded
 from fastkd.demo.settings import DigitsSettings, Settings, TextSettings
 
@@ -91,16 +89,3 @@ def test_an_int8_teacher_teaches_what_its_own_layers_give() -> None:
     assert 1e-5 < float((got - plain).abs() / plain) < 0.05
     assert student.token.weight.grad is not None
     assert not any(parameter.grad is not None for parameter in teacher.parameters())
-
-
-def test_a_network_is_copied_after_training() -> None:
-    """Without its features, which belong to a graph."""
-    data, model = digits.load(), digits.network((16,), seed=0)
-    for _ in digits.train(model, digits.labels_loss(data), data, torch.arange(40), 2, 20, 1e-2, seed=0):
-        pass
-    assert model.features.grad_fn is not None
-    copied = copy.deepcopy(model.eval())
-    assert torch.equal(copied(data.test), model(data.test))
-    fastkd.int8.quantize_(model)
-    restored = fastkd.int8.dequantize(model)
-    assert digits.accuracy(restored, data) == pytest.approx(digits.accuracy(copied, data), abs=3)

@@ -198,7 +198,9 @@ def test_a_longer_run_goes_on_where_the_short_one_ended(tmp_path: Path) -> None:
     options = {"batch_size": 10, "optimizer": SGD, "log_every": 1}
     distiller, other = both(), both()
     assert distiller.fit(rows(), epochs=1, out=tmp_path, **options).step == 3
+    (tmp_path / "train.csv.unfinished").write_text("killed while it was cut back")
     assert distiller.fit(rows(), epochs=3, out=tmp_path, resume=True, **options).step == 9
+    assert not list(tmp_path.glob("*.unfinished"))
     other.fit(rows(), epochs=3, **options)
     same(distiller, other, rtol=0, atol=0)
     assert [int(row["step"]) for row in csv_rows(tmp_path / "train.csv")] == list(range(1, 10))

@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +17,13 @@ from rich.progress import Progress
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import fastkd
 
+from ..distill import Distiller, Linear, Term
 from .settings import DigitsSettings
-from .terms import TERMS, Term
+from .terms import TERMS
 
 CLASSES = 10
 IGNORE = -100
@@ -90,7 +93,7 @@ def run(settings: DigitsSettings, seeds: tuple[int, ...], progress: Progress) ->
     ):
         progress.advance(bar)
     with torch.no_grad():
-        knowledge, features = teacher(data.train), teacher.features
+        knowledge = teacher(data.train)
 
     bar = progress.add_task("digits: students", total=2 * len(seeds) * settings.student_steps)
     accuracies: tuple[list[float], list[float]] = ([], [])
@@ -106,12 +109,12 @@ def run(settings: DigitsSettings, seeds: tuple[int, ...], progress: Progress) ->
             collected.append(accuracy(student, data))
     of_terms: dict[str, list[float]] = {}
     if settings.terms:
-        bar = progress.add_task("digits: terms", total=len(TERMS) * len(seeds) * settings.student_steps)
-        for term in TERMS:
-            students = (
-                taught_by(term, settings, data, features, seed, lambda: progress.advance(bar)) for seed in seeds
-            )
-            of_terms[term.name] = list(students)
+        bar = progress.add_task("digits: terms", total=len(TERMS) * len(seeds))
+        for name, terms in TERMS.items():
+            of_terms[name] = []
+            for seed in seeds:
+                of_terms[name].append(taught_by(terms(), settings, data, teacher, seed))
+                progress.advance(bar)
     return DigitsResult(
         teacher_parameters=_size(teacher),
         student_parameters=_size(student),
@@ -126,24 +129,21 @@ def run(settings: DigitsSettings, seeds: tuple[int, ...], progress: Progress) ->
     )
 
 
-def taught_by(
-    term: Term, settings: DigitsSettings, data: Digits, features: Tensor, seed: int, step: Callable[[], None]
-) -> float:
-    """The accuracy of a student of the labels and one term, of all inputs: it never sees the teacher's logits."""
+def taught_by(terms: list[Term], settings: DigitsSettings, data: Digits, teacher: nn.Module, seed: int) -> float:
+    """The accuracy of a student of the labels and these terms, of all inputs: it never sees the teacher's logits."""
     student = network(settings.student_hidden, seed)
-    adapter = term.adapter(settings.student_hidden[-1], features.shape[1])
     target = torch.full_like(data.train_target, IGNORE)
     labelled = choose_labelled(data.train_target, settings.labels_per_class, seed)
     target[labelled] = data.train_target[labelled]
-
-    def loss(logits: Tensor, rows: Tensor) -> Tensor:
-        hard = fastkd.cross_entropy(logits, target[rows], ignore_index=IGNORE)
-        return hard + term.weight * term.loss(adapter(student.features), features[rows])
-
-    everything = torch.arange(len(data.train))
-    numbers = settings.student_steps, settings.batch, settings.student_lr, seed
-    for _ in train(student, loss, data, everything, *numbers, adapter):
-        step()
+    Distiller(student, teacher, [Term(fastkd.cross_entropy, ignore_index=IGNORE), *terms]).fit(
+        TensorDataset(data.train, target),
+        steps=settings.student_steps,
+        batch_size=settings.batch,
+        optimizer=partial(torch.optim.Adam, lr=settings.student_lr),
+        lr_scheduler=Linear(1.0, 0.05),
+        seed=seed,
+        progress=False,
+    )
     return accuracy(student, data)
 
 
@@ -169,9 +169,7 @@ def choose_labelled(target: Tensor, per_class: int, seed: int) -> Tensor:
 
 
 class Network(nn.Module):
-    """Fully connected; it remembers the features that the last logits were made from."""
-
-    features: Tensor
+    """Fully connected."""
 
     def __init__(self, hidden: tuple[int, ...]) -> None:
         super().__init__()
@@ -179,13 +177,8 @@ class Network(nn.Module):
         self.body = nn.Sequential(*(layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())))
         self.head = nn.Linear(sizes[-1], CLASSES)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """What a copy gets: not the features, whose graph cannot be copied."""
-        return {name: value for name, value in vars(self).items() if name != "features"}
-
     def forward(self, images: Tensor) -> Tensor:
-        self.features = self.body(images)
-        logits: Tensor = self.head(self.features)
+        logits: Tensor = self.head(self.body(images))
         return logits
 
 
@@ -203,12 +196,10 @@ def train(
     batch: int,
     lr: float,
     seed: int,
-    *others: nn.Module,
 ) -> Iterator[None]:
-    """Yields after every step. ``others`` learn with the model."""
+    """Yields after every step."""
     generator = torch.Generator().manual_seed(seed)
-    parameters = [parameter for module in (model, *others) for parameter in module.parameters()]
-    optimizer = torch.optim.Adam(parameters, lr=lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
     for _ in range(steps):
         chosen = rows[torch.randperm(len(rows), generator=generator)[:batch]]

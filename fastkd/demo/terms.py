@@ -6,32 +6,26 @@ The weights were chosen on other seeds than those that are shown (10, 11, 12).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-
-from torch import Tensor, nn
+from typing import Any
 
 import fastkd
 
-
-@dataclass(frozen=True)
-class Term:
-    name: str
-    weight: float
-    loss: Callable[[Tensor, Tensor], Tensor]  # of the features of student (batch, D) and teacher (batch, D')
-    adapter: Callable[[int, int], nn.Module] = field(default=lambda d, d_teacher: nn.Identity())  # of D and D'
+from ..distill import Term
 
 
-def relations_of_distances(student: Tensor, teacher: Tensor) -> Tensor:
-    """Both losses of the paper, in its proportion."""
-    taught = fastkd.prepare_teacher(teacher)  # both need its distances
-    return 25 * fastkd.rkd_distance_loss(student, taught) + 50 * fastkd.rkd_angle_loss(student, taught)
+def features(loss: Callable[..., Any], weight: float, **options: Any) -> Term:
+    return Term(loss, "body", "body", weight=weight, **options)
 
 
-TERMS = (
-    Term("hint_loss of adapted features", 10.0, fastkd.hint_loss, lambda d, to: fastkd.Adapter("linear", d, to)),
-    Term("rkd_distance_loss + rkd_angle_loss", 1.0, relations_of_distances),
-    Term("cosine_relation_loss", 30.0, fastkd.cosine_relation_loss),
-    Term("similarity_preserving_loss", 3000.0, fastkd.similarity_preserving_loss),
-    Term("pkt_loss", 3e4, fastkd.pkt_loss),
-    Term("cka_loss", 10.0, fastkd.cka_loss),
-)
+# Of a network's last hidden layer. The two of distances and angles are in the proportion of their paper.
+TERMS: dict[str, Callable[[], list[Term]]] = {
+    "hint_loss of adapted features": lambda: [features(fastkd.hint_loss, 10.0, adapt="linear")],
+    "rkd_distance_loss + rkd_angle_loss": lambda: [
+        features(fastkd.rkd_distance_loss, 25.0),
+        features(fastkd.rkd_angle_loss, 50.0),
+    ],
+    "cosine_relation_loss": lambda: [features(fastkd.cosine_relation_loss, 30.0)],
+    "similarity_preserving_loss": lambda: [features(fastkd.similarity_preserving_loss, 3000.0)],
+    "pkt_loss": lambda: [features(fastkd.pkt_loss, 3e4)],
+    "cka_loss": lambda: [features(fastkd.cka_loss, 10.0)],
+}

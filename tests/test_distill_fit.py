@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from fastkd import cross_entropy, hint_loss, kd_loss
 from fastkd.distill import Cosine, Distiller, Group, Linear, Stage, Term, curves, fit_chain, fit_stages, loop
+from fastkd.distill.best import Best
 from fastkd.distill.evaluation import evaluate
 from fastkd.distill.precision import Precision
 
@@ -192,6 +193,17 @@ def test_early_stopping_and_the_best_weights(tmp_path: Path) -> None:
     best = torch.load(tmp_path / "best.pt", weights_only=True)
     assert best["step"] == 10
     network(4).load_state_dict(best["student"])
+
+
+@pytest.mark.parametrize(("mode", "sign"), [("min", 1), ("max", -1)])
+def test_patience_begins_anew(mode: str, sign: int) -> None:
+    best = Best("score", mode, patience=2, min_delta=0.5)
+    seen = []
+    for step, score in enumerate([3.0, 2.8, 2.4, 2.3, math.nan], start=1):
+        better = best.update(step, {"score": sign * score})
+        seen.append((better, best.waited, best.exhausted))
+    assert seen == [(True, 0, False), (True, 1, False), (True, 0, False), (True, 1, False), (False, 2, True)]
+    assert (best.step, best.metrics) == (4, {"score": sign * 2.3})
 
 
 def test_a_longer_run_goes_on_where_the_short_one_ended(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ class Loop:
             folder = self.settings.folder if ranks.rank() == 0 else None
             self.log = Metrics(folder, self.step, self.evaluated, self.settings.tensorboard)
             self.bar = Bar(self.settings.progress, self.total, self.step)
+            self._forget_gradients()  # a step that was interrupted has left some
             try:
                 self._train(batches)
             finally:
@@ -162,8 +163,12 @@ class Loop:
         stepped = self.precision.step(self.optimizer)
         if stepped and self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._forget_gradients()
         return norm
+
+    def _forget_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        self.distiller.zero_grad(set_to_none=True)  # of parameters, too, that the optimizer does not hold
 
     def _learners(self) -> list[Distiller]:
         """Whose gradients are clipped each by itself."""

@@ -1,0 +1,67 @@
+"""What a run that ends with an error leaves behind, and what the next one in its place makes of that."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from fastkd import kd_loss
+from fastkd.distill import Distiller, Term, curves
+
+ROWS = TensorDataset(torch.arange(96.0).sin().view(24, 4), torch.arange(24) % 3)
+OPTIONS: dict[str, Any] = {"batch_size": 5, "optimizer": partial(torch.optim.SGD, lr=0.1)}
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curves, "draw", lambda folder: None)
+
+
+def distiller(*terms: Term) -> Distiller:
+    torch.manual_seed(0)
+    student, teacher = nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    return Distiller(student, teacher, terms or [Term(kd_loss)])
+
+
+def breaks_at(one: Distiller, backward: int, value: float | None = None) -> Any:
+    """The gradient of that backward, counted from 1, is this number; or Ctrl-C is pressed there."""
+    calls = [0]
+
+    def change(gradient: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        if calls[0] != backward:
+            return gradient
+        if value is None:
+            raise KeyboardInterrupt
+        return torch.full_like(gradient, value)
+
+    return one.student.bias.register_hook(change)
+
+
+def test_gradients_of_an_interrupted_step_are_forgotten(tmp_path: Path) -> None:
+    options = {**OPTIONS, "epochs": 3, "accumulate": 2, "save_every": 2}
+    whole, cut = distiller(), distiller()
+    whole.fit(ROWS, **options)
+    handle = breaks_at(cut, 7)
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit(ROWS, out=tmp_path, **options)
+    handle.remove()
+    assert cut.student.weight.grad is not None
+    cut.fit(ROWS, out=tmp_path, resume=True, **options)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters(), strict=True))
+
+
+def test_gradients_that_no_optimizer_holds_do_not_add_up(tmp_path: Path) -> None:
+    one = distiller()
+    optimizer = torch.optim.SGD([one.student.weight], lr=0.0)
+    one.fit(ROWS, epochs=4, out=tmp_path, log_every=1, batch_size=24, optimizer=optimizer)
+    rows = (tmp_path / "train.csv").read_text().splitlines()
+    column = rows[0].split(",").index("grad_norm")
+    norms = [float(row.split(",")[column]) for row in rows[1:]]
+    assert norms == pytest.approx(norms[:1] * 4)

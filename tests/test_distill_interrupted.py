@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,17 @@ def test_gradients_of_an_interrupted_step_are_forgotten(tmp_path: Path) -> None:
     assert cut.student.weight.grad is not None
     cut.fit(ROWS, out=tmp_path, resume=True, **options)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters(), strict=True))
+
+
+def test_a_gradient_that_is_nan_reaches_no_weight_and_no_checkpoint(tmp_path: Path) -> None:
+    one = distiller()
+    breaks_at(one, 3, math.nan)
+    with pytest.raises(FloatingPointError, match="fit: the gradient is NaN at step 2, and the loss is not"):
+        one.fit(ROWS, epochs=1, out=tmp_path, save_every=1, log_every=10, **OPTIONS)
+    assert all(torch.isfinite(parameter).all() for parameter in one.parameters())
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert state["place"][0] == 2
+    assert torch.isfinite(state["distiller"]["student.bias"]).all()
 
 
 def test_gradients_that_no_optimizer_holds_do_not_add_up(tmp_path: Path) -> None:

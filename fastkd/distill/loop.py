@@ -144,19 +144,21 @@ class Loop:
             self._log(loss, parts, norm, rates, sum(map(rows_of, batches)) * ranks.count())
 
     def _update(self, logged: bool) -> Tensor | None:
-        """The optimizer's step. Returns the norm of the gradient before it was clipped, where somebody asks for it."""
+        """The optimizer's step. Returns the norm of the gradient before it was clipped, None without a gradient."""
         learning = [p for one in self._learners() for p in one.parameters() if p.grad is not None]
         if not learning:  # every term has weight 0
             return None
         self.precision.unscale(self.optimizer)
         norms = []
-        for one in self._learners() if logged or self.settings.clip_norm is not None else ():
+        for one in self._learners():  # in each step, as no NaN may reach a weight or a checkpoint
             own = [parameter for parameter in one.parameters() if parameter.grad is not None]
+            if not own:  # the weights of a student's terms may all be 0
+                continue
             norms.append(nn.utils.get_total_norm([p.grad for p in own if p.grad is not None]))
             if self.settings.clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(own, self.settings.clip_norm, norms[-1])
-        norm = torch.stack(norms).norm() if norms else None
-        if norm is not None and self.precision.scaler is None:  # a scaler leaves such a step out
+        norm = torch.stack(norms).norm()
+        if self.precision.scaler is None:  # a scaler leaves such a step out
             self.watch.see_gradient(self.step, norm)
         if logged:
             self.watch.check()

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fastkd import kd_loss
-from fastkd.distill import Distiller, Term, curves
+from fastkd.distill import Distiller, Term, checkpoint, curves
 
 ROWS = TensorDataset(torch.arange(96.0).sin().view(24, 4), torch.arange(24) % 3)
 OPTIONS: dict[str, Any] = {"batch_size": 5, "optimizer": partial(torch.optim.SGD, lr=0.1)}
@@ -77,3 +77,21 @@ def test_gradients_that_no_optimizer_holds_do_not_add_up(tmp_path: Path) -> None
     column = rows[0].split(",").index("grad_norm")
     norms = [float(row.split(",")[column]) for row in rows[1:]]
     assert norms == pytest.approx(norms[:1] * 4)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, save, calls = distiller(), torch.save, [0]
+
+    def full(state: Any, file: Any) -> None:
+        calls[0] += 1
+        if calls[0] < 3:
+            return save(state, file)
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        one.fit(ROWS, epochs=1, out=tmp_path, save_every=1, **OPTIONS)
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path / "last.pt")["place"][0] == 2
+    assert not list(tmp_path.glob(f"*{checkpoint.TEMPORARY}")), "the half of a file takes no place"

@@ -35,11 +35,15 @@ def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     The file is on the disk before it has the name, and the name before this returns.
     """
     unfinished = path.with_name(path.name + TEMPORARY)
-    with open(unfinished, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        with open(unfinished, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:  # a full disk needs the place
+        unfinished.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fastkd import kd_loss
+from fastkd import cross_entropy, kd_loss
 from fastkd.distill import Distiller, Term, checkpoint, curves
 
 ROWS = TensorDataset(torch.arange(96.0).sin().view(24, 4), torch.arange(24) % 3)
@@ -95,3 +95,22 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
     monkeypatch.undo()
     assert checkpoint.load(tmp_path / "last.pt")["place"][0] == 2
     assert not list(tmp_path.glob(f"*{checkpoint.TEMPORARY}")), "the half of a file takes no place"
+
+
+def test_columns_of_a_run_without_a_checkpoint_are_forgotten(tmp_path: Path) -> None:
+    def fails(student: nn.Module) -> float:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        distiller().fit(ROWS, epochs=1, out=tmp_path, evaluate=fails, log_every=1, **OPTIONS)
+    other = distiller(Term(kd_loss, name="soft"), Term(cross_entropy, name="hard"))
+    other.fit(ROWS, epochs=1, out=tmp_path, log_every=1, **OPTIONS)
+    header, *rows = (tmp_path / "train.csv").read_text().splitlines()
+    assert "term/soft,term/hard" in header
+    assert len(rows) == 5
+
+
+def test_a_run_goes_on_with_other_columns(tmp_path: Path) -> None:
+    distiller().fit(ROWS, epochs=1, out=tmp_path, log_every=1, **OPTIONS)
+    with pytest.raises(ValueError, match=r"fit: terms must have the columns of train.csv: .*, got \['temperature/kd_l"):
+        distiller(Term(kd_loss, temperature=2.0)).fit(ROWS, epochs=2, out=tmp_path, log_every=1, resume=True, **OPTIONS)

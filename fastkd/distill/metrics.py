@@ -62,7 +62,8 @@ class Metrics:
             _append(path, _csv_line(row))
         new = [name for name in row if name not in self.headers[kind]]
         if new:
-            _checks.bad_value("fit", "evaluate", f"return the same metrics each time: {self.headers[kind]}", new)
+            argument = "terms" if kind == TRAIN else "evaluate"
+            _checks.bad_value("fit", argument, f"have the columns of {path.name}: {self.headers[kind]}", new)
         _append(path, _csv_line(["" if (v := row.get(name)) is None else v for name in self.headers[kind]]))
         numbers = {name: value if value is None or math.isfinite(value) else None for name, value in row.items()}
         _append(self.folder / LINES, json.dumps({"event": kind, **numbers}) + "\n")
@@ -82,9 +83,11 @@ class Metrics:
 
     def _read_header(self, folder: Path, kind: str) -> None:
         path = folder / f"{kind}.csv"
-        first = path.read_text(encoding="utf-8").partition("\n")[0] if path.exists() else ""
-        if first:
-            self.headers[kind] = next(csv.reader([first]))
+        header, *rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else [""]
+        if rows:
+            self.headers[kind] = next(csv.reader([header]))
+        else:  # a header alone may be of a run with other terms, which left no checkpoint
+            path.unlink(missing_ok=True)
 
 
 def rows(folder: Path, kind: str) -> list[dict[str, float | None]]:

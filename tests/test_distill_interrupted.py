@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from fastkd import cross_entropy, kd_loss
-from fastkd.distill import Distiller, Term, checkpoint, curves
+from fastkd import cross_entropy, hint_loss, kd_loss
+from fastkd.distill import Distiller, Piecewise, Term, checkpoint, curves
 
 ROWS = TensorDataset(torch.arange(96.0).sin().view(24, 4), torch.arange(24) % 3)
 OPTIONS: dict[str, Any] = {"batch_size": 5, "optimizer": partial(torch.optim.SGD, lr=0.1)}
@@ -114,3 +114,11 @@ def test_a_run_goes_on_with_other_columns(tmp_path: Path) -> None:
     distiller().fit(ROWS, epochs=1, out=tmp_path, log_every=1, **OPTIONS)
     with pytest.raises(ValueError, match=r"fit: terms must have the columns of train.csv: .*, got \['temperature/kd_l"):
         distiller(Term(kd_loss, temperature=2.0)).fit(ROWS, epochs=2, out=tmp_path, log_every=1, resume=True, **OPTIONS)
+
+
+def test_a_term_that_is_evaluated_later(tmp_path: Path) -> None:
+    hint = Term(hint_loss, "", "2", weight=Piecewise({0: 0.0, 0.5: 1.0}), name="late")
+    distiller(Term(kd_loss), hint).fit(ROWS, ROWS, epochs=2, out=tmp_path, **OPTIONS)
+    header, *rows = ((line.split(",")) for line in (tmp_path / "val.csv").read_text().splitlines())
+    column = header.index("term/late")
+    assert [row[column] == "" for row in rows] == [True, False]

@@ -213,7 +213,10 @@ class Loop:
         found = evaluate(self.distiller, self.val, self.settings.evaluate, self.precision, self.device)
         self.metrics = ranks.from_first(found)
         self.evaluated = self.step
-        self.log.val({"step": self.step, "epoch": self.epoch, **self.metrics})
+        # A term of weight 0 is not evaluated, and has its column all the same.
+        terms = [] if self.val is None else [f"term/{name}" for name in terms_of(self.distiller)]
+        absent = {name: None for name in terms if name not in self.metrics}
+        self.log.val({"step": self.step, "epoch": self.epoch, **self.metrics, **absent})
         better = self.best.update(self.step, self.metrics)
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(self.metrics[self.best.monitor or "loss"])

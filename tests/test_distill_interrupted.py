@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import TensorDataset, default_collate
 
 from fastkd import cross_entropy, hint_loss, kd_loss
 from fastkd.distill import Distiller, Piecewise, Term, checkpoint, curves
@@ -122,3 +122,21 @@ def test_a_term_that_is_evaluated_later(tmp_path: Path) -> None:
     header, *rows = ((line.split(",")) for line in (tmp_path / "val.csv").read_text().splitlines())
     column = header.index("term/late")
     assert [row[column] == "" for row in rows] == [True, False]
+
+
+def noisy(rows: list[Any]) -> Any:
+    inputs, labels = default_collate(rows)
+    return inputs + torch.randn(inputs.shape), labels
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_collate_fn_draws_the_same_numbers_again(workers: int, tmp_path: Path) -> None:
+    options = {**OPTIONS, "epochs": 2, "save_every": 2, "collate_fn": noisy}
+    whole, cut = distiller(), distiller()
+    whole.fit(ROWS, **options)
+    breaks_at(cut, 8)
+    with pytest.raises(KeyboardInterrupt):
+        cut.fit(ROWS, out=tmp_path, num_workers=workers, **options)
+    torch.manual_seed(77)
+    cut.fit(ROWS, out=tmp_path, resume=True, num_workers=workers, **options)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters(), strict=True))

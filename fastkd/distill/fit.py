@@ -79,10 +79,10 @@ def fit(
     Args:
         distiller: What computes the loss. Adapters that are missing are made from the first batch.
         train: A dataset with a length, from which batches are drawn in an order that depends on ``seed`` and epoch
-            alone; random augmentations in it are seeded by batch, in any number of workers. Or a DataLoader, used as it
-            is: to go on within an epoch it reads again what was used, which gives the same rest if its order depends on
-            torch's random state, its own ``generator``, or ``set_epoch``. One of an IterableDataset can go on between
-            epochs alone, unless it has ``state_dict`` and ``load_state_dict``.
+            alone; random augmentations in it and in ``collate_fn`` are seeded by batch, in any number of workers. Or a
+            DataLoader, used as it is: to go on within an epoch it reads again what was used, which gives the same rest
+            if its order depends on torch's random state, its own ``generator``, or ``set_epoch``. One of an
+            IterableDataset can go on between epochs alone, unless it has ``state_dict`` and ``load_state_dict``.
         val: A dataset or a loader, of which the loss, each term and, where logits and labels fit, the accuracy are
             evaluated, with the weights that the terms have at that step.
         epochs, steps: How long; one of the two. A step is one of the optimizer's.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from .random_states import mixed, seeded
 
@@ -53,21 +53,18 @@ class EpochBatches(Sampler[Numbered]):
             yield mixed(self.seed, self.epoch, number, self.rank), whole[begin:end]
 
 
-class SeededRows(Dataset[Any]):
-    """A dataset that is asked for a batch at once, in which augmentations draw the same numbers in any process."""
+class SeededBatches(Dataset[Any]):
+    """A dataset's batches, for which augmentations and ``collate`` draw the same numbers in any process."""
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any]) -> None:
+        self.dataset, self.collate = dataset, collate
 
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[index]
-
-    def __getitems__(self, numbered: Numbered) -> list[Any]:
+    def __getitem__(self, numbered: Numbered) -> Any:
         seed, indices = numbered
         with seeded(seed):
             several = getattr(self.dataset, "__getitems__", None)
             rows: list[Any] = several(indices) if several is not None else [self.dataset[index] for index in indices]
-        return rows
+            return self.collate(rows)
 
 
 def batches_of(
@@ -78,11 +75,16 @@ def batches_of(
     pin_memory: bool,
 ) -> DataLoader[Any]:
     return DataLoader(
-        SeededRows(dataset),
-        batch_sampler=sampler,  # type: ignore[arg-type]  # lists of indices, here with a seed
+        SeededBatches(dataset, collate or default_collate),
+        batch_size=None,  # an item is a batch
+        sampler=sampler,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_as_it_is,  # else numpy's arrays would become tensors
         pin_memory=pin_memory,
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # else each epoch would draw from the generator that dropout draws from
     )
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch

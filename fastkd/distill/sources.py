@@ -50,11 +50,7 @@ class OwnLoader:
 
     def any_batch(self) -> Any:
         self.sampler.epoch = self.sampler.position = 0
-        rows = next(iter(self.sampler))
-        return self._collated(rows)
-
-    def _collated(self, rows: Any) -> Any:
-        return self.loader.collate_fn(self.loader.dataset.__getitems__(rows))  # type: ignore[attr-defined]
+        return self.loader.dataset[next(iter(self.sampler))]
 
     def state(self) -> dict[str, Any]:
         return {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import multiprocessing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,3 +142,14 @@ def test_a_collate_fn_draws_the_same_numbers_again(workers: int, tmp_path: Path)
     torch.manual_seed(77)
     cut.fit(ROWS, out=tmp_path, resume=True, num_workers=workers, **options)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), cut.parameters(), strict=True))
+
+
+def test_workers_end_with_the_run() -> None:
+    gc.collect()
+    gc.disable()
+    before = set(multiprocessing.active_children())
+    try:
+        distiller().fit(ROWS, epochs=2, num_workers=1, **OPTIONS)
+        assert set(multiprocessing.active_children()) <= before
+    finally:
+        gc.enable()

@@ -73,6 +73,7 @@ class Loop:
                 self.log.close()
                 self.bar.close()
             self.records.finish()
+            del self.records  # it knows this loop: the loader's workers would wait for the garbage collector
         early = self.best.exhausted and self.step < self.total
         return Result(
             step=self.step,

@@ -153,3 +153,23 @@ def test_workers_end_with_the_run() -> None:
         assert set(multiprocessing.active_children()) <= before
     finally:
         gc.enable()
+
+
+EVALUATES: list[tuple[Any, str]] = [
+    ({}, "fit: evaluate must return a metric, got none"),
+    ({"step": 1.0}, "fit: evaluate must return metrics with other names than step and epoch, got 'step'"),
+    ({"f1": "good"}, "fit: evaluate must return a number or a dict of numbers, got str"),
+    (None, "fit: evaluate must return a number or a dict of numbers, got NoneType"),
+]
+
+
+@pytest.mark.parametrize(("metrics", "message"), EVALUATES)
+def test_what_a_function_may_not_return(metrics: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        distiller().fit(ROWS, epochs=1, evaluate=lambda student: metrics, **OPTIONS)
+
+
+def test_numbers_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    result = distiller().fit(ROWS, epochs=1, evaluate={"f1": lambda student: numpy.float32(0.5)}, **OPTIONS)
+    assert result.metrics == {"f1": 0.5}

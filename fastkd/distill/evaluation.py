@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -49,16 +49,25 @@ def evaluate(
             functions = {"": functions}
         for name, function in (functions or {}).items():
             metrics.update(_named(name, function, distiller.student))
+    if not metrics:
+        _checks.bad_value("fit", "evaluate", "return a metric", "none")
+    for name in ("step", "epoch"):
+        if name in metrics:
+            _checks.bad_value("fit", "evaluate", "return metrics with other names than step and epoch", repr(name))
     return metrics
 
 
 def _named(name: str, function: Evaluates, student: nn.Module) -> dict[str, float]:
     result = function(student)
     if isinstance(result, Mapping):
-        return {f"{name}/{key}" if name else key: float(value) for key, value in result.items()}
-    if not isinstance(result, (int, float, Tensor)):
-        _checks.bad_type("fit", "evaluate", "return a number or a dict of numbers", type(result).__name__)
-    return {name or getattr(function, "__name__", type(function).__name__): float(result)}
+        return {f"{name}/{key}" if name else key: _number(value) for key, value in result.items()}
+    return {name or getattr(function, "__name__", type(function).__name__): _number(result)}
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, SupportsFloat):
+        _checks.bad_type("fit", "evaluate", "return a number or a dict of numbers", type(value).__name__)
+    return float(value)
 
 
 def _on(

@@ -173,3 +173,10 @@ def test_numbers_of_numpy() -> None:
     numpy = pytest.importorskip("numpy")
     result = distiller().fit(ROWS, epochs=1, evaluate={"f1": lambda student: numpy.float32(0.5)}, **OPTIONS)
     assert result.metrics == {"f1": 0.5}
+
+
+def test_evaluation_draws_the_same_numbers_each_time(tmp_path: Path) -> None:
+    options = {"optimizer": partial(torch.optim.SGD, lr=0.0), "collate_fn": noisy, "num_workers": 1}
+    distiller().fit(ROWS, ROWS, epochs=2, out=tmp_path, **options)
+    first, second = ((line.split(",")[2:]) for line in (tmp_path / "val.csv").read_text().splitlines()[1:])
+    assert first == second

@@ -17,19 +17,15 @@ from .batches import mapped
 from .distiller import Distiller
 from .group import Group, members
 from .precision import Precision
+from .sampling import EpochBatches, batches_of
 from .settings import Evaluates, Settings
 
 
 def loader_of(val: Any, settings: Settings) -> Iterable[Any] | None:
     if val is None or isinstance(val, (DataLoader, IterableDataset)) or not hasattr(val, "__getitem__"):
         return val  # type: ignore[no-any-return]
-    return DataLoader(
-        val,
-        batch_size=settings.batch_size,
-        collate_fn=settings.collate_fn,
-        num_workers=settings.num_workers,
-        generator=torch.Generator(),  # else it would draw from the one that training draws from
-    )
+    sampler = EpochBatches(len(val), settings.batch_size, shuffle=False, seed=settings.seed)
+    return batches_of(val, sampler, settings.num_workers, settings.collate_fn, pin_memory=False)
 
 
 def evaluate(

@@ -180,3 +180,17 @@ def test_evaluation_draws_the_same_numbers_each_time(tmp_path: Path) -> None:
     distiller().fit(ROWS, ROWS, epochs=2, out=tmp_path, **options)
     first, second = ((line.split(",")[2:]) for line in (tmp_path / "val.csv").read_text().splitlines()[1:])
     assert first == second
+
+
+def test_two_who_write_one_file_leave_it_whole(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+
+    def write(file: Any) -> None:
+        file.write(b"first ")
+        checkpoint.replace(path, lambda other: other.write(b"second"))
+        assert path.read_bytes() == b"second"
+        file.write(b"run")
+
+    checkpoint.replace(path, write)
+    assert path.read_bytes() == b"first run"
+    assert list(tmp_path.iterdir()) == [path]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,9 +33,10 @@ def load(path: Path) -> dict[str, Any]:
 def replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file beside it and rename that: whenever this is interrupted, the old file or the new one is there.
 
-    The file is on the disk before it has the name, and the name before this returns.
+    The file is on the disk before it has the name, and the name before this returns. Two processes that write the same
+    file do not write into one another's.
     """
-    unfinished = path.with_name(path.name + TEMPORARY)
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         with open(unfinished, "wb") as file:
             write(file)

@@ -194,3 +194,13 @@ def test_two_who_write_one_file_leave_it_whole(tmp_path: Path) -> None:
     checkpoint.replace(path, write)
     assert path.read_bytes() == b"first run"
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_a_file_that_is_no_checkpoint(content: bytes | None, tmp_path: Path) -> None:
+    if content is None:
+        torch.save([1], tmp_path / "last.pt")
+    else:
+        (tmp_path / "last.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"fit: out must hold checkpoints that fit has written, got .*last.pt"):
+        distiller().fit(ROWS, epochs=1, out=tmp_path, resume="auto", **OPTIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -26,7 +27,12 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     """All tensors on the CPU; ``load_state_dict`` brings them where they belong."""
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        _checks.bad_value("fit", "out", "hold checkpoints that fit has written", path)
+    if not isinstance(state, dict):
+        _checks.bad_value("fit", "out", "hold checkpoints that fit has written", path)
     return state
 
 

@@ -204,3 +204,12 @@ def test_a_file_that_is_no_checkpoint(content: bytes | None, tmp_path: Path) -> 
         (tmp_path / "last.pt").write_bytes(content)
     with pytest.raises(ValueError, match=r"fit: out must hold checkpoints that fit has written, got .*last.pt"):
         distiller().fit(ROWS, epochs=1, out=tmp_path, resume="auto", **OPTIONS)
+
+
+def test_schedulers_that_would_do_nothing() -> None:
+    other = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0), 1)
+    with pytest.raises(ValueError, match=r"fit: lr_scheduler must be made for the optimizer .*, got StepLR of another"):
+        distiller().fit(ROWS, epochs=1, lr_scheduler=other, **OPTIONS)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
+    with pytest.raises(ValueError, match="fit: lr_scheduler must have a val or an evaluate to go by, got ReduceLROn"):
+        distiller().fit(ROWS, epochs=1, lr_scheduler=plateau, **OPTIONS)

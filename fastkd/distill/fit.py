@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from .. import _checks
 from .batches import mapped
@@ -107,7 +107,8 @@ def fit(
         keep: Which weights the student has at the end, the ``"last"`` or the ``"best"``.
         out: A folder for checkpoints and metrics; see :class:`Result`.
         resume: ``"auto"`` goes on if ``out`` holds a run, True demands one, False refuses one. ``epochs`` or ``steps``
-            may be others than before; what decides about the data may not.
+            may be others than before; what decides about the data may not. The optimizer's settings, as its learning
+            rate, are those of the checkpoint.
         save_every: In steps; at the end of every epoch if left out. And with every evaluation that is the best so far.
         log_every: In steps. Metrics are those of that step.
         tensorboard: Write events too, to ``out/tensorboard``.
@@ -183,6 +184,8 @@ def _run(
         _checks.bad_value("fit", "patience", "have a val or an evaluate to go by", settings.patience)
     if settings.keep == "best" and val is None and not settings.evaluate:
         _checks.bad_value("fit", "keep", 'be "last" without a val or an evaluate', repr(settings.keep))
+    if isinstance(scheduler, ReduceLROnPlateau) and val is None and not settings.evaluate:
+        _checks.bad_value("fit", "lr_scheduler", "have a val or an evaluate to go by", type(scheduler).__name__)
     return Loop(distiller, source, loader_of(val, settings), optimizer, scheduler, total, settings, device).run()
 
 
@@ -197,7 +200,12 @@ def _optimizer(distiller: Distiller | Group, given: MakesOptimizer | None) -> to
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, given: MakesScheduler | None, total: int) -> LRScheduler | None:
-    if given is None or isinstance(given, LRScheduler):
+    if given is None:
+        return None
+    if isinstance(given, LRScheduler):
+        if given.optimizer is not optimizer:
+            rule = "be made for the optimizer that is given, or a function that makes it"
+            _checks.bad_value("fit", "lr_scheduler", rule, f"{type(given).__name__} of another")
         return given
     if isinstance(given, Schedule):
         schedule = given

@@ -213,3 +213,12 @@ def test_schedulers_that_would_do_nothing() -> None:
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
     with pytest.raises(ValueError, match="fit: lr_scheduler must have a val or an evaluate to go by, got ReduceLROn"):
         distiller().fit(ROWS, epochs=1, lr_scheduler=plateau, **OPTIONS)
+
+
+def test_accuracy_of_logits_in_a_dict() -> None:
+    class Named(nn.Linear):
+        def forward(self, inputs: torch.Tensor) -> Any:
+            return {"logits": super().forward(inputs)}
+
+    one = Distiller(Named(4, 3), nn.Linear(4, 3), [Term(kd_loss)])
+    assert "accuracy" in one.fit(ROWS, ROWS, epochs=1, **OPTIONS).metrics

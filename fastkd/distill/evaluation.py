@@ -16,6 +16,7 @@ from .accumulation import counted, rows_of
 from .batches import mapped
 from .distiller import Distiller
 from .group import Group, members
+from .paths import logits_in
 from .precision import Precision
 from .sampling import EpochBatches, batches_of
 from .settings import Evaluates, Settings
@@ -125,7 +126,7 @@ class _Accuracy:
         labels = self.distiller._labels(batch)
 
         def see(_: nn.Module, __: Any, output: Any) -> None:
-            logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+            logits = output if isinstance(output, Tensor) else logits_in(output)
             if not isinstance(logits, Tensor) or not isinstance(labels, Tensor) or logits.ndim == 0:
                 return
             if labels.is_floating_point() or logits.shape[self.dim] == 0:

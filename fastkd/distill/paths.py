@@ -71,13 +71,18 @@ class Place:
 
     def _logits(self, value: Any) -> Any:
         """Of a model's own output: a tensor, or what has logits, as the outputs of HuggingFace models."""
-        logits = value.get("logits") if isinstance(value, Mapping) else getattr(value, "logits", None)
+        logits = logits_in(value)
         if logits is None and isinstance(value, (tuple, list, Mapping)):
             raise ValueError(
                 f"the model returns {describe(value)}, of which none is called logits; "
                 "name what is meant, as in ':output[0]'"
             )
         return value if logits is None else logits
+
+
+def logits_in(value: Any) -> Any:
+    """What a model's output calls its logits, or None."""
+    return value.get("logits") if isinstance(value, Mapping) else getattr(value, "logits", None)
 
 
 def describe(value: Any) -> str:

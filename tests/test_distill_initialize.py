@@ -178,3 +178,9 @@ def test_a_copy_is_no_link() -> None:
     with torch.no_grad():
         student[0].weight.add_(1)
     torch.testing.assert_close(dict(teacher.state_dict()), dict(before))
+
+
+@pytest.mark.parametrize("layers", [{"0": 3}, {"0": None}, {"0": []}, {0: "0"}, {"0": ["0", 1]}])
+def test_what_is_no_path(layers: Any) -> None:
+    with pytest.raises(TypeError, match="init_from_teacher: layers must be a dict of paths to paths or lists of them"):
+        init_from_teacher(nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2)), layers)

@@ -110,7 +110,10 @@ def _pairs(
         _checks.bad_type(OP, "layers", "be a dict of paths", type(layers).__name__)
     pairs: list[tuple[str, tuple[str, ...]]] = []
     for mine, theirs in layers.items():
-        sources = (theirs,) if isinstance(theirs, str) else tuple(theirs)
+        sources = (theirs,) if isinstance(theirs, str) else tuple(theirs) if isinstance(theirs, Sequence) else ()
+        if not sources or not all(isinstance(path, str) for path in (mine, *sources)):
+            rule = "be a dict of paths to paths or lists of them"
+            _checks.bad_type(OP, "layers", rule, f"{mine!r}: {theirs!r}")
         stars = [path.count("*") for path in (mine, *sources)]
         if not any(stars):
             pairs.append((mine, sources))

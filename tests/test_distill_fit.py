@@ -190,7 +190,10 @@ def test_early_stopping_and_the_best_weights(tmp_path: Path) -> None:
         assert (result.stopped_early, result.step, result.best_step, result.best) == (True, 10, 10, {"score": 1.95})
         assert all(torch.equal(weights[4][name], value) for name, value in distiller.student.state_dict().items())
         scores, weights[:] = iter([3.0, 2.0, 2.5, math.nan, 1.95, 1.0]), []
-    best = torch.load(tmp_path / "best.pt", weights_only=True)
+    assert result.best_checkpoint is not None
+    assert result.last_checkpoint is not None
+    assert torch.load(result.last_checkpoint, weights_only=True)["place"][0] == 10
+    best = torch.load(result.best_checkpoint, weights_only=True)
     assert best["step"] == 10
     network(4).load_state_dict(best["student"])
 

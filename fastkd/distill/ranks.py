@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch import distributed as dist
 
@@ -23,10 +22,6 @@ def total(value: Tensor) -> Tensor:
         value = value.clone()
         dist.all_reduce(value)
     return value
-
-
-def any_of(value: bool, device: torch.device) -> bool:
-    return value if count() == 1 else bool(total(torch.tensor(float(value), device=device)))
 
 
 def gathered(value: Any) -> list[Any]:

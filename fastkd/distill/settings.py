@@ -19,7 +19,6 @@ OP = "fit"
 Parameters = Sequence[nn.Parameter]
 MakesOptimizer = torch.optim.Optimizer | Callable[[Parameters], torch.optim.Optimizer]
 MakesScheduler = LRScheduler | Schedule | Callable[[torch.optim.Optimizer], LRScheduler]
-Metrics = Mapping[str, float]
 Evaluates = Callable[[nn.Module], Any]
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import copy
-import csv
 import itertools
 import json
 import math
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from distill_training import SGD, both, csv_rows, network, rows, same
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader
 
 from fastkd import cross_entropy, hint_loss, kd_loss
 from fastkd.distill import Cosine, Distiller, Group, Linear, Stage, Term, curves, fit_chain, fit_stages, loop
@@ -24,39 +23,11 @@ from fastkd.distill.evaluation import evaluate
 from fastkd.distill.precision import Precision
 
 CPU = torch.device("cpu")
-SGD = partial(torch.optim.SGD, lr=0.1)
 
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curves, "draw", lambda folder: None)  # matplotlib takes a second to import
-
-
-def network(width: int, seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, 3))
-
-
-def rows(count: int = 24, seed: int = 1) -> TensorDataset:
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(3, (count,), generator=generator)
-    labels[::5] = -100
-    return TensorDataset(torch.randn(count, 6, generator=generator), labels)
-
-
-def both(weight: float = 1.0, **options: Any) -> Distiller:
-    terms = [Term(kd_loss, temperature=2.0, **options), Term(hint_loss, "1", "1", weight=weight, adapt="linear")]
-    return Distiller(network(4), network(8, seed=9), terms).prepare((torch.zeros(1, 6), torch.zeros(1).long()))
-
-
-def same(first: nn.Module, second: nn.Module, **bar: float) -> None:
-    for name, value in first.state_dict().items():
-        torch.testing.assert_close(second.state_dict()[name], value, msg=lambda m, n=name: f"{n}: {m}", **bar)
-
-
-def csv_rows(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_it_is_the_loop_that_everyone_writes() -> None:
@@ -120,19 +91,6 @@ def test_the_teacher_of_a_group_runs_once_a_batch() -> None:
     teacher.register_forward_hook(lambda *_: calls.append(1))
     group.loss(rows()[:])
     assert len(calls) == 1
-
-
-def test_groups_are_refused() -> None:
-    teacher, student = network(8), network(4)
-    one = Distiller(student, teacher, [Term(kd_loss)])
-    with pytest.raises(ValueError, match="Group: distillers must have the same teachers by the same names, got 'b'"):
-        Group({"a": one, "b": Distiller(network(4), network(8), [Term(kd_loss)])})
-    with pytest.raises(ValueError, match="Group: distillers must share no parameter, got a, b"):
-        Group({"a": one, "b": Distiller(student, teacher, [Term(kd_loss)])})
-    with pytest.raises(ValueError, match="Group: distillers must have names without a slash or a dot, got 'a/b'"):
-        Group({"a/b": one})
-    with pytest.raises(TypeError, match="Group: distillers must be a dict of Distiller by name, got list"):
-        Group([one])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("size", [24, 7, 1])
@@ -342,70 +300,6 @@ def test_tensorboard_events(tmp_path: Path) -> None:
     assert "val/accuracy" in events.Tags()["scalars"]
 
 
-class Stream(IterableDataset[Any]):
-    def __iter__(self) -> Iterator[Any]:
-        yield from rows()
-
-
-class Stateful:
-    """A loader that keeps its place, as torchdata's StatefulDataLoader does."""
-
-    dataset = Stream()
-
-    def __init__(self) -> None:
-        self.place = self.given = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        data, self.place, self.given = rows(), self.given, 0
-        while self.place < 24:
-            self.place += 6
-            yield data[self.place - 6 : self.place]
-
-    def state_dict(self) -> dict[str, int]:
-        return {"place": self.place}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.given = state["place"]
-
-
-@pytest.mark.parametrize("train", [lambda: DataLoader(Stream(), 6), Stateful])
-def test_streams(train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, cut = both(), both()
-    options = {"steps": 6, "optimizer": SGD, "save_every": 1}
-    whole.fit(train(), **options)
-    right = loop.Loop._step
-    steps = itertools.count()
-
-    def stop(self: Any, group: Any) -> None:
-        if next(steps) == 2:
-            raise KeyboardInterrupt
-        right(self, group)
-
-    monkeypatch.setattr(loop.Loop, "_step", stop)
-    with pytest.raises(KeyboardInterrupt):
-        cut.fit(train(), out=tmp_path, **options)
-    if train is Stateful:
-        cut.fit(train(), out=tmp_path, resume=True, **options)
-        same(whole, cut, rtol=0, atol=0)
-    else:
-        with pytest.raises(RuntimeError, match="fit: a loader of an IterableDataset cannot go on in the middle"):
-            cut.fit(train(), out=tmp_path, resume=True, **options)
-        with pytest.raises(ValueError, match="fit: steps must be given for a loader without a length"):
-            cut.fit(train(), epochs=1)
-
-
-def test_what_a_checkpoint_could_not_be_read_with(tmp_path: Path) -> None:
-    class Odd(torch.optim.lr_scheduler.ConstantLR):
-        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-            self.odd = [object()]
-            super().__init__(optimizer)
-
-    message = r"fit: checkpoint\['scheduler'\]\['odd'\]\[0\] must hold tensors, numbers, .* got object"
-    with pytest.raises(TypeError, match=message):
-        both().fit(rows(), epochs=1, out=tmp_path, lr_scheduler=Odd)
-    assert not list(tmp_path.glob("*.pt*"))
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -427,41 +321,3 @@ def test_schedulers_go_on(make: Any, tmp_path: Path) -> None:
     rates = [[row["lr"] for row in csv_rows(tmp_path / which / "train.csv")] for which in ("cut", "whole")]
     assert rates[0] == rates[1]
     assert len(set(rates[0])) > 4
-
-
-REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({}, r"fit: epochs must be given, or steps, and not both, got \(None, None\)"),
-    ({"epochs": 1, "steps": 1}, r"fit: epochs must be given, or steps, and not both, got \(1, 1\)"),
-    ({"epochs": 0}, "fit: epochs must be positive, got 0"),
-    ({"epochs": 1, "precision": "int8"}, "fit: precision must be one of bfloat16, float16, got 'int8'"),
-    ({"epochs": 1, "resume": "yes"}, "fit: resume must be True, False or \"auto\", got 'yes'"),
-    ({"epochs": 1, "resume": True}, "fit: out must be given with resume, got None"),
-    ({"epochs": 1, "tensorboard": True}, "fit: out must be given with tensorboard, got None"),
-    ({"epochs": 1, "patience": 2}, "fit: patience must have a val or an evaluate to go by, got 2"),
-    ({"epochs": 1, "keep": "best"}, "fit: keep must be \"last\" without a val or an evaluate, got 'best'"),
-    ({"epochs": 1, "val": rows(), "monitor": "f1"}, "fit: monitor must be one of 'loss', 'accuracy', .* got 'f1'"),
-    ({"epochs": 1, "clip_norm": 0.0}, "fit: clip_norm must be positive and finite in float32, got 0.0"),
-    ({"epochs": 1, "train": []}, "fit: train must have a batch of rows, got 0 rows"),
-    ({"epochs": 1, "train": Stream()}, "fit: train must be a dataset with a length, or a DataLoader, got Stream"),
-    ({"epochs": 1, "optimizer": lambda p: 3}, "fit: optimizer must return an optimizer, got int"),
-    ({"epochs": 1, "lr_scheduler": lambda o: 3}, "fit: lr_scheduler must return a scheduler, got int"),
-    ({"epochs": 1, "evaluate": lambda s: "good"}, "fit: evaluate must return a number or a dict of numbers, got str"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), REFUSED)
-def test_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=message):
-        both().fit(**{"train": rows(), **options})
-
-
-def test_runs_that_do_not_fit(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"fit: out must hold a last.pt to resume from, got .*"):
-        both().fit(rows(), epochs=1, out=tmp_path, resume=True)
-    both().fit(rows(), epochs=1, out=tmp_path)
-    with pytest.raises(ValueError, match=r'fit: out must hold no run \(resume="auto" goes on with it\), got .*'):
-        both().fit(rows(), epochs=1, out=tmp_path)
-    with pytest.raises(ValueError, match=r"fit: batch_size must be 32, as in the run in .*, got 16"):
-        both().fit(rows(), epochs=1, out=tmp_path, resume="auto", batch_size=16)
-    with pytest.raises(ValueError, match=r"fit: terms must be \['kd_loss', 'hint_loss/1'\], as in .*"):
-        Distiller(network(4), network(8), [Term(kd_loss)]).fit(rows(), epochs=1, out=tmp_path, resume="auto")

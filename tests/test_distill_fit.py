@@ -1,4 +1,4 @@
-"""The loop: what a step is made of, what is evaluated, kept and written, and what it refuses."""
+"""The loop: what a step is made of, and what is evaluated, kept and written."""
 
 from __future__ import annotations
 

@@ -83,9 +83,9 @@ class Metrics:
 
     def _read_header(self, folder: Path, kind: str) -> None:
         path = folder / f"{kind}.csv"
-        header, *rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else [""]
-        if rows:
-            self.headers[kind] = next(csv.reader([header]))
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        if len(lines) > 1:
+            self.headers[kind] = next(csv.reader(lines[:1]))
         else:  # a header alone may be of a run with other terms, which left no checkpoint
             path.unlink(missing_ok=True)
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import TensorDataset, default_collate
 
 from fastkd import cross_entropy, hint_loss, kd_loss
-from fastkd.distill import Distiller, Piecewise, Term, checkpoint, curves
+from fastkd.distill import Distiller, Group, Piecewise, Stage, Term, checkpoint, curves, fit_stages
 
 ROWS = TensorDataset(torch.arange(96.0).sin().view(24, 4), torch.arange(24) % 3)
 OPTIONS: dict[str, Any] = {"batch_size": 5, "optimizer": partial(torch.optim.SGD, lr=0.1)}
@@ -167,6 +167,24 @@ EVALUATES: list[tuple[Any, str]] = [
 def test_what_a_function_may_not_return(metrics: Any, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         distiller().fit(ROWS, epochs=1, evaluate=lambda student: metrics, **OPTIONS)
+
+
+@pytest.mark.parametrize("evaluate", [3, {"f1": 3}])
+def test_what_is_no_function(evaluate: Any) -> None:
+    with pytest.raises(TypeError, match="fit: evaluate must be a function of the student, or a dict of them, got int"):
+        distiller().fit(ROWS, epochs=1, evaluate=evaluate)
+
+
+def test_names_that_modules_cannot_have() -> None:
+    with pytest.raises(ValueError, match="Distiller: terms must have names that ModuleDict leaves free, got 'keys'"):
+        distiller(Term(kd_loss, name="keys", adapt=nn.Identity()))
+    with pytest.raises(ValueError, match="Group: distillers must have names that ModuleDict leaves free, got 'items'"):
+        Group({"items": distiller()})
+
+
+def test_one_stage_is_no_list() -> None:
+    with pytest.raises(TypeError, match="fit_stages: stages must be a list of Stage, got one"):
+        fit_stages(nn.Linear(4, 3), nn.Linear(4, 3), Stage([Term(kd_loss)]), ROWS, epochs=1)  # type: ignore[arg-type]
 
 
 def test_numbers_of_numpy() -> None:

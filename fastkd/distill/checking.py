@@ -47,6 +47,9 @@ def check_terms(terms: Any) -> None:
     for term in terms:
         if not isinstance(term, Term):
             _checks.bad_type(OP, "terms", "be a list of Term", type(term).__name__)
+        is_kept = term.adapt is not None or isinstance(term.loss, nn.Module)
+        if is_kept and hasattr(nn.ModuleDict, term.key):
+            _checks.bad_value(OP, "terms", "have names that ModuleDict leaves free", repr(term.name))
         if names.setdefault(term.key, term.name) != term.name or sum(other.name == term.name for other in terms) > 1:
             _checks.bad_value(OP, "terms", "have different names (give some a name=)", repr(term.name))
 

@@ -48,6 +48,8 @@ class Group(nn.Module):
                 _checks.bad_type("Group", "distillers", "be a dict of Distiller by name", type(one).__name__)
             if not isinstance(name, str) or not name or set(name) & set("./"):
                 _checks.bad_value("Group", "distillers", "have names without a slash or a dot", repr(name))
+            if hasattr(nn.ModuleDict, name):
+                _checks.bad_value("Group", "distillers", "have names that ModuleDict leaves free", repr(name))
         self.distillers = nn.ModuleDict(distillers)
         first = next(iter(self.members.values()))
         taught = _taught(first)

@@ -64,6 +64,11 @@ class Settings:
             _checks.choice(OP, "precision", self.precision, tuple(PRECISIONS))
         if self.clip_norm is not None:
             _checks.positive(OP, "clip_norm", self.clip_norm)
+        functions = self.evaluate.values() if isinstance(self.evaluate, Mapping) else [self.evaluate]
+        for function in functions:
+            if self.evaluate is not None and not callable(function):
+                rule = "be a function of the student, or a dict of them"
+                _checks.bad_type(OP, "evaluate", rule, type(function).__name__)
         _checks.choice(OP, "mode", self.mode, ("min", "max"))
         _checks.choice(OP, "keep", self.keep, ("last", "best"))
         _checks.not_negative(OP, "min_delta", self.min_delta)

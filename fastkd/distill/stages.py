@@ -96,6 +96,8 @@ def fit_stages(
         >>> [one.step for one in fit_stages(network(3), network(8), [hint, Stage([Term(kd_loss)], epochs=1)], rows)]
         [2, 1]
     """
+    if isinstance(stages, Stage):
+        _checks.bad_type("fit_stages", "stages", "be a list of Stage", "one")
     for stage in stages:
         if not isinstance(stage, Stage):
             _checks.bad_type("fit_stages", "stages", "be a list of Stage", type(stage).__name__)

@@ -158,7 +158,7 @@ class Loop:
             norms.append(nn.utils.get_total_norm([p.grad for p in own if p.grad is not None]))
             if self.settings.clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(own, self.settings.clip_norm, norms[-1])
-        norm = torch.stack(norms).norm()
+        norm: Tensor = torch.stack(norms).norm()
         if self.precision.scaler is None:  # a scaler leaves such a step out
             self.watch.see_gradient(self.step, norm)
         if logged:

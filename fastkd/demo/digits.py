@@ -139,6 +139,7 @@ def taught_by(terms: list[Term], settings: DigitsSettings, data: Digits, teacher
         TensorDataset(data.train, target),
         steps=settings.student_steps,
         batch_size=settings.batch,
+        drop_last=True,  # relations of the two rows that are left over weigh as much as those of all others
         optimizer=partial(torch.optim.Adam, lr=settings.student_lr),
         lr_scheduler=Linear(1.0, 0.05),
         seed=seed,

@@ -240,3 +240,23 @@ def test_accuracy_of_logits_in_a_dict() -> None:
 
     one = Distiller(Named(4, 3), nn.Linear(4, 3), [Term(kd_loss)])
     assert "accuracy" in one.fit(ROWS, ROWS, epochs=1, **OPTIONS).metrics
+
+
+def test_schedules_move_in_steps_without_a_term() -> None:
+    rates, made = [], []
+    one = distiller(Term(kd_loss, weight=Piecewise({0: 0.0, 3: 1.0})))
+
+    def scheduler(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        made.append(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step)))
+        optimizer.register_step_post_hook(lambda taken, *_: rates.append(taken.param_groups[0]["lr"]))
+        return made[0]
+
+    one.fit(ROWS, steps=5, lr_scheduler=scheduler, **OPTIONS)
+    assert made[0].last_epoch == 5
+    assert rates == pytest.approx([0.1 / step for step in (1, 2, 3, 4, 5)])
+
+
+def test_nobody_is_told_that_weights_are_the_best_where_none_were() -> None:
+    with pytest.warns(UserWarning, match="score was NaN in every evaluation, so none was the best: the student keeps"):
+        result = distiller().fit(ROWS, epochs=2, evaluate={"score": lambda _: math.nan}, keep="best", **OPTIONS)
+    assert (result.best_step, result.step) == (None, 10)

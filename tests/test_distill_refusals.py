@@ -107,6 +107,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"epochs": 1, "resume": True}, "fit: out must be given with resume, got None"),
     ({"epochs": 1, "tensorboard": True}, "fit: out must be given with tensorboard, got None"),
     ({"epochs": 1, "patience": 2}, "fit: patience must have a val or an evaluate to go by, got 2"),
+    ({"epochs": 1, "monitor": "loss"}, "fit: monitor must have a val or an evaluate to go by, got loss"),
     ({"epochs": 1, "keep": "best"}, "fit: keep must be \"last\" without a val or an evaluate, got 'best'"),
     ({"epochs": 1, "val": rows(), "monitor": "f1"}, "fit: monitor must be one of 'loss', 'accuracy', .* got 'f1'"),
     ({"epochs": 1, "clip_norm": 0.0}, "fit: clip_norm must be positive and finite in float32, got 0.0"),

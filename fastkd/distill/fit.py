@@ -180,8 +180,10 @@ def _run(
     optimizer = _optimizer(distiller, optimizer)
     total = _steps(source.length, settings)
     scheduler = _scheduler(optimizer, lr_scheduler, total)
-    if settings.patience is not None and val is None and not settings.evaluate:
-        _checks.bad_value("fit", "patience", "have a val or an evaluate to go by", settings.patience)
+    if val is None and not settings.evaluate:
+        for name in ("patience", "monitor"):
+            if (given := getattr(settings, name)) is not None:
+                _checks.bad_value("fit", name, "have a val or an evaluate to go by", given)
     if settings.keep == "best" and val is None and not settings.evaluate:
         _checks.bad_value("fit", "keep", 'be "last" without a val or an evaluate', repr(settings.keep))
     if isinstance(scheduler, ReduceLROnPlateau) and val is None and not settings.evaluate:

@@ -145,13 +145,27 @@ class Loop:
             self._log(loss, parts, norm, rates, sum(map(rows_of, batches)) * ranks.count())
 
     def _update(self, logged: bool) -> Tensor | None:
-        """The optimizer's step. Returns the norm of the gradient before it was clipped, None without a gradient."""
-        learning = [p for one in self._learners() for p in one.parameters() if p.grad is not None]
-        if not learning:  # every term has weight 0
-            return None
-        self.precision.unscale(self.optimizer)
+        """The optimizer's step and the scheduler's. Returns the norm of the gradient before it was clipped."""
+        norm, stepped = None, True
+        if all(p.grad is None for one in self._learners() for p in one.parameters()):
+            self.optimizer.step()  # of nothing, as every term has weight 0: a scheduler counts it all the same
+        else:
+            self.precision.unscale(self.optimizer)
+            norm = self._clip()
+            if self.precision.scaler is None:  # a scaler leaves such a step out
+                self.watch.see_gradient(self.step, norm)
+            if logged:
+                self.watch.check()
+            stepped = self.precision.step(self.optimizer)
+        if stepped and self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step()
+        self._forget_gradients()
+        return norm
+
+    def _clip(self) -> Tensor:
+        """The norm is needed in each step, as no NaN may reach a weight or a checkpoint."""
         norms = []
-        for one in self._learners():  # in each step, as no NaN may reach a weight or a checkpoint
+        for one in self._learners():
             own = [parameter for parameter in one.parameters() if parameter.grad is not None]
             if not own:  # the weights of a student's terms may all be 0
                 continue
@@ -159,14 +173,6 @@ class Loop:
             if self.settings.clip_norm is not None:
                 nn.utils.clip_grads_with_norm_(own, self.settings.clip_norm, norms[-1])
         norm: Tensor = torch.stack(norms).norm()
-        if self.precision.scaler is None:  # a scaler leaves such a step out
-            self.watch.see_gradient(self.step, norm)
-        if logged:
-            self.watch.check()
-        stepped = self.precision.step(self.optimizer)
-        if stepped and self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step()
-        self._forget_gradients()
         return norm
 
     def _forget_gradients(self) -> None:

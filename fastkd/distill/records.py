@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,7 +110,13 @@ class Records:
         """The weights that the student keeps, and the picture."""
         loop = self.loop
         ranks.wait()
-        if loop.settings.keep == "best" and loop.best.step is not None:
+        if loop.settings.keep == "best" and loop.best.step is None:
+            warnings.warn(
+                f"fit: {loop.best.monitor} was NaN in every evaluation, so none was the best: the student keeps its "
+                "last weights",
+                stacklevel=2,
+            )
+        elif loop.settings.keep == "best":
             best = self._best if self.folder is None else checkpoint.load(self.folder / BEST)["distiller"]
             assert best is not None
             loop.distiller.load_state_dict(best)

@@ -178,6 +178,7 @@ RELATIONS = Family(
         "eager": "eager",
         "compiled": "compiled",
         "torchdistill": "torchdistill",
+        "pykeops": "PyKeOps",
         "fastkd": "fastkd",
         "fastkd-prepared": "fastkd, teacher prepared",
     },

@@ -13,8 +13,6 @@ import argparse
 import importlib.metadata
 import os
 import sys
-import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,9 +31,9 @@ import fastkd  # noqa: E402
 from bench import gate, gpu_attention_checks, gpu_compaction_checks, gpu_head_checks, gpu_teacher_checks  # noqa: E402
 from bench.data import as_output, peaked_pair  # noqa: E402
 from bench.gate import Wrong  # noqa: E402
+from bench.gpu_report import CANNOT_RUN, run_all, waiting_is_an_error  # noqa: E402
 from fastkd._rows import DIVERGENCES  # noqa: E402
 
-CANNOT_RUN = 2
 # What older interpreters of Triton meet in numpy 2.4 and later: they make scalars of arrays with one element.
 NUMPY_REFUSES = "only 0-dimensional arrays can be converted to Python scalars"
 IGNORED = -100
@@ -232,20 +230,8 @@ def no_synchronisation(setting: Setting) -> None:
     for divergence in DIVERGENCES:
         for more in ({}, options):
             run(student, teacher, target, divergence=divergence, **more)
-            with _waiting_is_an_error():
+            with waiting_is_an_error():
                 run(student, teacher, target, divergence=divergence, **more)
-
-
-@contextmanager
-def _waiting_is_an_error() -> Iterator[None]:
-    torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says once that this mode does not see every synchronisation
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def heads(setting: Setting, dtype: torch.dtype) -> None:
@@ -263,7 +249,7 @@ def steps_do_not_wait(setting: Setting) -> None:
     steps = [checks.step_on(setting.device, kd) for checks in (gpu_head_checks, gpu_compaction_checks)]
     for step in (*steps, gpu_attention_checks.step_on(setting.device, attention)):
         step()
-        with _waiting_is_an_error():
+        with waiting_is_an_error():
             step()
 
 
@@ -353,34 +339,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return CANNOT_RUN
     chosen = {name: check for name, check in checks(setting).items() if _named(name, args.only)}
     chosen = {name: check for name, check in chosen.items() if not _named(name, args.skip)}
-    failed = [name for name, check in chosen.items() if not _report(name, check)]
-    print(f"{len(failed)} failed: {', '.join(failed)}" if failed else "all ok")
-    return int(bool(failed))
+    return run_all(chosen)
 
 
 def _named(name: str, parts: Sequence[str]) -> bool:
     return any(part in name for part in parts)
-
-
-def _report(name: str, check: Callable[[], None]) -> bool:
-    start = time.perf_counter()
-    try:
-        check()
-    except Exception as error:  # a check that crashes is one that failed; the others still run
-        print(f"FAILED  {name}: {type(error).__name__}: {str(error).strip()}{_where(error)}", flush=True)
-        return False
-    print(f"ok      {name} ({time.perf_counter() - start:.1f} s)", flush=True)
-    return True
-
-
-def _where(error: Exception) -> str:
-    """The line of fastkd that failed, so that one run on a machine far away is enough; nothing of a wrong number."""
-    package = str(Path(fastkd.__file__).parent)
-    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(package)]
-    if not lines or isinstance(error, Wrong):
-        return ""
-    last = lines[-1]
-    return f" (at fastkd{last.filename.removeprefix(package)}:{last.lineno}: {last.line})"
 
 
 if __name__ == "__main__":

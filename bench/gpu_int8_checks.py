@@ -20,7 +20,8 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from bench.gate import Wrong  # noqa: E402
-from bench.gpu_relation_checks import CANNOT_RUN, DTYPES, _waiting_is_an_error  # noqa: E402
+from bench.gpu_relation_checks import DTYPES  # noqa: E402
+from bench.gpu_report import CANNOT_RUN, run_all, waiting_is_an_error  # noqa: E402
 from fastkd import _int8_operators  # noqa: E402
 from fastkd._int8 import ACTIVATIONS  # noqa: E402
 
@@ -152,7 +153,7 @@ def no_waiting() -> None:
     for shape in FEW_AND_MANY:
         step = partial(run, layer, problem(shape, torch.bfloat16).to("cuda"), step=torch.tensor(0.1, device="cuda"))
         step()
-        with _waiting_is_an_error():
+        with waiting_is_an_error():
             step()
 
 
@@ -226,16 +227,7 @@ def main() -> int:
     except RuntimeError as error:  # a pin that is refused says why
         print(f"the CUDA kernels cannot run here: {error}")
         return CANNOT_RUN
-    failed = 0
-    for name, check in checks("cuda", DTYPES).items():
-        try:
-            check()
-        except Exception as error:  # the others still run
-            failed += 1
-            print(f"FAILED  {name}: {type(error).__name__}: {error}", flush=True)
-        else:
-            print(f"ok      {name}", flush=True)
-    return int(failed > 0)
+    return run_all(checks("cuda", DTYPES))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,7 @@ The exit status is 2 where these kernels cannot run: nobody stands in for them.
 from __future__ import annotations
 
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,9 @@ from torch import Tensor  # noqa: E402
 
 import fastkd  # noqa: E402
 from bench.gate import Wrong  # noqa: E402
+from bench.gpu_report import CANNOT_RUN, run_all, waiting_is_an_error  # noqa: E402
 from fastkd.testing import exact_and_error  # noqa: E402
 
-CANNOT_RUN = 2
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows and dimensions: a row of a tile alone, edges of tiles, several slabs of anchors.
 SIZES = {"cuda": ((1, 3), (2, 5), (33, 7), (64, 128), (257, 96), (1500, 64)), "cpu": ((1, 3), (2, 5), (33, 7))}
@@ -100,20 +98,8 @@ def no_waiting() -> None:
     for loss in LOSSES.values():
         step = partial(run, native(loss), *rows(128, 64, "cuda"))
         step()
-        with _waiting_is_an_error():
+        with waiting_is_an_error():
             step()
-
-
-@contextmanager
-def _waiting_is_an_error() -> Iterator[None]:
-    torch.cuda.synchronize()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says once that this mode does not see every synchronisation
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def cuda_graph() -> None:
@@ -185,16 +171,7 @@ def main() -> int:
     except RuntimeError as error:  # a pin that is refused says why
         print(f"the CUDA kernels cannot run here: {error}")
         return CANNOT_RUN
-    failed = 0
-    for name, check in checks("cuda", DTYPES).items():
-        try:
-            check()
-        except Exception as error:  # the others still run
-            failed += 1
-            print(f"FAILED  {name}: {type(error).__name__}: {error}", flush=True)
-        else:
-            print(f"ok      {name}", flush=True)
-    return int(failed > 0)
+    return run_all(checks("cuda", DTYPES))
 
 
 if __name__ == "__main__":

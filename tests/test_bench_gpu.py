@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from bench import gpu_checks, gpu_head_checks, gpu_teacher_checks, measure
+from bench import gpu_checks, gpu_head_checks, gpu_report, gpu_teacher_checks, measure
 from bench.gate import Wrong
 from bench.measure import Contender
 
@@ -161,7 +161,7 @@ def test_a_crash_is_placed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
     monkeypatch.setattr(torch, "addmm", refuse)
     head = fastkd.Head(torch.ones(2, 3), torch.ones(5, 3))
-    assert not gpu_checks._report("heads", lambda: fastkd.kd_loss(head, head))
+    assert not gpu_report.report("heads", lambda: fastkd.kd_loss(head, head))
     said = capsys.readouterr().out
     assert said.startswith("FAILED  heads: RuntimeError: not here (at fastkd/losses/_sources.py:")
     assert "torch.addmm(" in said

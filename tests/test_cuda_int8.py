@@ -16,7 +16,7 @@ from int8_problems import ACTIVATIONS, DTYPES, assert_same_bits, flat, int8, lin
 from test_cuda_pairs import run_failing
 from torch import Tensor
 
-from fastkd import _dispatch, native
+from fastkd import _dispatch, _int8, native
 from fastkd.native import _int8_cuda, int8_linear
 from fastkd.native.logit import DTYPES as NUMBERS
 
@@ -47,7 +47,7 @@ def layer(
     ]
     given = [0 if part is None else part for part in (None if step is None else torch.tensor(step), bias, between[1])]
     sizes = (rows, terms, columns, terms + gap, NUMBERS[x.dtype])
-    names = (columns + gap, output, _int8_cuda.ACTIVATION[activation])
+    names = (columns + gap, output, _int8.ACTIVATIONS.index(activation))
     numbers = (between[0], *sizes, given[0], w, scale, *given[1:], *names)
     machine.call("cuda_int8_linear", numbers, processors, scratch, 0, outputs=[output, scratch])
     return output

@@ -11,7 +11,6 @@ from ._pairs_cuda import _on
 from .logit import DTYPES
 
 _C = extension()
-ACTIVATION = {name: i for i, name in enumerate(ACTIVATIONS)}
 
 
 def linear(
@@ -45,7 +44,7 @@ def linear(
         _address(residual),
         0 if residual is None else residual.stride(0),
         output.data_ptr(),
-        ACTIVATION[activation],
+        ACTIVATIONS.index(activation),
     )
     with _on(input.device) as stream:
         _C.cuda_int8_linear(numbers, processors, scratch.data_ptr(), stream)

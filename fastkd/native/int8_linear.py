@@ -14,7 +14,6 @@ from .int8_packing import packed
 from .logit import CPU, DTYPES, _nowhere
 
 _C = extension()
-ACTIVATION = {name: i for i, name in enumerate(ACTIVATIONS)}
 
 
 def forward(
@@ -60,7 +59,7 @@ def layer(
         0 if bias is None else bias.data_ptr() or _nowhere(bias),
         0 if residual is None else residual.data_ptr() or _nowhere(residual),
         output.data_ptr(),
-        ACTIVATION[activation],
+        ACTIVATIONS.index(activation),
         torch.get_num_threads(),
     )
 

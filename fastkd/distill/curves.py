@@ -47,5 +47,7 @@ def _panel(axes: Any, title: str, lines: list[tuple[str, Rows]], val: Rows) -> N
         known = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         of_val = rows is val
         label = f"{name}, evaluated" if of_val else name.removeprefix("term/")
-        axes.plot(*zip(*known, strict=True), marker="o" if of_val else "", markersize=3, label=label) if known else None
-    axes.legend(fontsize=8)
+        if known:  # a term of weight 0 has no numbers, and a step without a term no gradient
+            axes.plot(*zip(*known, strict=True), marker="o" if of_val else "", markersize=3, label=label)
+    if axes.has_data():
+        axes.legend(fontsize=8)

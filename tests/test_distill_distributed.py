@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fastkd import hint_loss, kd_loss
-from fastkd.distill import Cosine, Distiller, Term, curves
+from fastkd.distill import Cosine, Distiller, Term
 
 OPTIONS = {"optimizer": partial(torch.optim.SGD, lr=0.1), "clip_norm": 0.5, "accumulate": 2, "log_every": 1}
 
@@ -37,7 +37,6 @@ TRAIN, VAL = rows(23, 1), rows(8, 2)  # the last batch has 3 rows: 1 and 2 of th
 def train(
     out: Path | None, batch_size: int, dropout: float = 0.0, noise: int = 0, **options: object
 ) -> dict[str, torch.Tensor]:
-    curves.draw = lambda folder: None  # type: ignore[assignment, return-value]
     one = distiller(dropout).prepare(TRAIN[:2])
     torch.manual_seed(noise)
     one.fit(TRAIN, VAL, out=out, batch_size=batch_size, **{**OPTIONS, **options})
@@ -49,8 +48,10 @@ RANKS = """
     from pathlib import Path
     import torch
     from torch import distributed
+    from fastkd.distill import curves
     from test_distill_distributed import train
 
+    curves.draw = lambda folder: None  # matplotlib takes a second to import
     rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)

@@ -33,7 +33,8 @@ def by_channel(op: str, argument: str, value: Any, of: Tensor, dtype: torch.dtyp
         bad_value(op, argument, f"have one number for each of {of.shape[0]} channels", f"shape {tuple(value.shape)}")
     on_device(op, argument, value, of)
     numbers: Tensor = value if value.dtype is dtype else value.to(dtype)
-    return numbers.contiguous().resolve_neg()
+    # Asking takes a fraction of the time that a call which changes nothing takes.
+    return numbers.contiguous().resolve_neg() if numbers.is_neg() or not numbers.is_contiguous() else numbers
 
 
 def input_scale(op: str, value: Any, of: Tensor, dtype: torch.dtype) -> Tensor:

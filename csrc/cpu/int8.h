@@ -14,16 +14,18 @@ namespace fastkd {
 
 enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu };
 
-constexpr int kMostColumns = 48;  // of a block
+constexpr int kMostColumns = 64;  // of a block
 constexpr int kLevels = 127;      // on each side of zero
 
 struct Int8Layout {
     int lanes;   // columns of a panel
     int panels;  // of a block, at most
     int rows;    // that a product takes, at most
+    int sums;    // vectors of them that the registers hold: rows of a product times its panels, at most
     int group;   // numbers of a word
     int zero;    // what stands for the number 0
     int bytes() const { return 4 / group; }  // of a number
+    int rows_of(int block_panels) const { return sums / block_panels < rows ? sums / block_panels : rows; }
 };
 
 // Where the words of a row are: several runs, one for each tap of a convolution.
@@ -37,6 +39,7 @@ struct Int8Rows {
     int64_t stride;  // bytes
     const Run* runs;
     int64_t count;   // of runs
+    const char* ahead;  // what will be read next: of each word of these rows a line of it is fetched into the cache
 };
 
 // Sums on their way to the output. A line is a row of numbers that lie side by side in it: columns (channels) of a row, or
@@ -67,16 +70,19 @@ struct Int8Planes {
     float step;
     char* words;
     int64_t pixel_bytes, line_bytes;  // of the words, from one pixel and line to the next
+    bool bounded;                     // as below: then nothing is returned
 };
 
 struct Int8Kernels {
     Int8Layout layout;
     // The bits of the largest |x|, as a float: those of a NaN are above infinity's.
     uint32_t (*largest)(const void* x, Dtype, int64_t n);
-    // Numbers side by side, without padding. Both return what `largest` does, for a step that is known before.
+    // Numbers side by side, without padding. With a step that was known before this returns what `largest` does; where no
+    // |x| is above 127 steps, `bounded`, there is less to do.
     uint32_t (*quantize)(const void* x, Dtype, int64_t n, float step, void* numbers);
+    void (*quantize_bounded)(const void* x, Dtype, int64_t n, float step, void* numbers);
     uint32_t (*quantize_planes)(const Int8Planes&);
-    // sums[r * panels * lanes + c], of at most layout.rows rows and a block of `panels` panels.
+    // sums[r * panels * lanes + c], of at most layout.rows_of(panels) rows and a block of `panels` panels.
     void (*products)(const Int8Rows&, int rows, int panels, const char* block, int32_t* sums);
     // columns of lines, and lines of columns: [rows][columns] to [columns][pitch], of whole panels.
     void (*transpose)(const int32_t* sums, int64_t rows, int64_t columns, int32_t* out, int64_t pitch);

@@ -120,7 +120,7 @@ class Quantised {
             const char* x = input((image * channels_.count() + group * channels_.terms) * plane + y * i_.width);
             char* words = out + group * channels_.words * 4;
             const uint32_t found = kernels_.quantize_planes({x, l_.dtype, plane, channels_.terms, i_.width, lines, step,
-                                                             words, pixel_bytes, line_bytes});
+                                                             words, pixel_bytes, line_bytes, !l_.given});
             most = std::max(most, found);
         }
         return most;

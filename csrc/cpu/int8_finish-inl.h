@@ -2,7 +2,7 @@
 //
 // Every product is rounded by itself, so that each instruction set gives the same bits: `times`, and no fused additions.
 #pragma once
-#include "int8_vectors-inl.h"
+#include "int8_products-inl.h"
 
 namespace fastkd {
 namespace {
@@ -79,27 +79,62 @@ FASTKD_INLINE vf take_sums(const void* sums, bool floats, int64_t at) {
     return floats ? bits(x) : __builtin_convertvector(x, vf);
 }
 
-// `by_line`: channels are lines. `plain`: float32 without a residual, which leaves little to decide for each vector.
-template <Activation activation, bool by_line, bool plain, bool whole>
-FASTKD_INLINE void finish_vector(const Int8Lines& l, int64_t line, int64_t c, vf step, vf line_scale, vf line_bias) {
+// `plain`: float32 without a residual, which leaves little to decide for each vector.
+template <Activation activation, bool plain, bool whole>
+FASTKD_INLINE void finish_vector(const Int8Lines& l, int64_t line, int64_t c, vf step, vf scale, vf bias) {
     const int64_t n = l.columns - c;
     const Dtype dtype = plain ? Dtype::float32 : l.dtype;
-    const vf scale = by_line ? line_scale : take_floats<whole>(l.scale + c, n);
     vf y = times(times(take_sums(l.sums, l.floats, line * l.pitch + c), scale), step);
-    if (l.bias) y += by_line ? line_bias : take_floats<whole>(l.bias + c, n);
+    if (l.bias) y += bias;
     if (!plain && l.residual) y += take<whole>(l.residual, dtype, line * l.residual_stride + c, n);
     put<whole>(l.output, dtype, line * l.output_stride + c, n, activated<activation>(y));
 }
 
-template <Activation activation, bool by_line, bool plain>
-static void finish_lines(const Int8Lines& lines) {
+// Channels are columns, of one block: what belongs to them stays in registers. Line by line, for with lines a power of two
+// apart all of a column would compete for the same few places in the cache.
+template <Activation activation, bool plain, int vectors>
+static void finish_rows(const Int8Lines& lines) {
     const Int8Lines l = lines;  // what is written to the output cannot change a copy, and the compiler knows it
+    constexpr int64_t kWhole = vectors * W;
+    const int64_t rest = l.columns - kWhole;
+    vf scale[vectors + 1]{}, bias[vectors + 1]{};
+    for (int v = 0; v < vectors; ++v) {
+        scale[v] = load(l.scale + v * W);
+        if (l.bias) bias[v] = load(l.bias + v * W);
+    }
+    if (rest > 0) {
+        scale[vectors] = take_floats<false>(l.scale + kWhole, rest);
+        if (l.bias) bias[vectors] = take_floats<false>(l.bias + kWhole, rest);
+    }
     for (int64_t line = 0; line < l.lines; ++line) {
         const vf step = splat(l.steps[line * l.steps_stride]);
-        const vf scale = splat(by_line ? l.scale[line] : 0), bias = splat(by_line && l.bias ? l.bias[line] : 0);
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; ++v) finish_vector<activation, plain, true>(l, line, v * W, step, scale[v], bias[v]);
+        if (rest > 0) finish_vector<activation, plain, false>(l, line, kWhole, step, scale[vectors], bias[vectors]);
+    }
+}
+
+template <Activation activation, bool plain>
+static void finish_rows(const Int8Lines& l) {
+    static_assert(kPanels <= 4);
+    switch (l.columns / W) {
+        case 0: return finish_rows<activation, plain, 0>(l);
+        case 1: return finish_rows<activation, plain, 1>(l);
+        case 2: return finish_rows<activation, plain, 2>(l);
+        case 3: return finish_rows<activation, plain, 3>(l);
+        case 4: return finish_rows<activation, plain, 4>(l);
+    }
+}
+
+template <Activation activation, bool plain>
+static void finish_planes(const Int8Lines& lines) {
+    const Int8Lines l = lines;
+    for (int64_t line = 0; line < l.lines; ++line) {
+        const vf step = splat(l.steps[line * l.steps_stride]);
+        const vf scale = splat(l.scale[line]), bias = splat(l.bias ? l.bias[line] : 0);
         int64_t c = 0;
-        for (; c + W <= l.columns; c += W) finish_vector<activation, by_line, plain, true>(l, line, c, step, scale, bias);
-        if (c < l.columns) finish_vector<activation, by_line, plain, false>(l, line, c, step, scale, bias);
+        for (; c + W <= l.columns; c += W) finish_vector<activation, plain, true>(l, line, c, step, scale, bias);
+        if (c < l.columns) finish_vector<activation, plain, false>(l, line, c, step, scale, bias);
     }
 }
 
@@ -107,9 +142,9 @@ template <Activation activation>
 static void finish(const Int8Lines& l) {
     const bool plain = l.dtype == Dtype::float32 && !l.residual;
     if (l.channels_are_lines) {
-        plain ? finish_lines<activation, true, true>(l) : finish_lines<activation, true, false>(l);
+        plain ? finish_planes<activation, true>(l) : finish_planes<activation, false>(l);
     } else {
-        plain ? finish_lines<activation, false, true>(l) : finish_lines<activation, false, false>(l);
+        plain ? finish_rows<activation, true>(l) : finish_rows<activation, false>(l);
     }
 }
 

@@ -21,14 +21,11 @@ __attribute__((noinline)) void float_tile(const Int8Rows& a, const char* block, 
     for (const Run* run = a.runs; run < a.runs + a.count; ++run) {
         const char* at = a.data + run->offset;
         for (int64_t word = 0; word < run->words; ++word) {
-            vi w[panels];
-#pragma GCC unroll 4
-            for (int p = 0; p < panels; ++p) w[p] = load_weights(weights + p * kWordBytes);
 #pragma GCC unroll 4
             for (int j = 0; j < kPerWord; ++j) {
-                vf column[panels];
+                vf column[panels];  // the words are read again for each number: sums leave no registers for them
 #pragma GCC unroll 4
-                for (int p = 0; p < panels; ++p) column[p] = weight_of(w[p], j);
+                for (int p = 0; p < panels; ++p) column[p] = weight_of(load_weights(weights + p * kWordBytes), j);
 #pragma GCC unroll 24
                 for (int i = 0; i < rows * panels; ++i) {
                     float x;
@@ -45,9 +42,15 @@ __attribute__((noinline)) void float_tile(const Int8Rows& a, const char* block, 
 
 template <int rows>
 FASTKD_INLINE void float_products_of_rows(const Int8Rows& a, int panels, const char* block, float* sums) {
-    if (panels == 1) return float_tile<rows, 1>(a, block, sums);
-    if (kPanels == 2 || panels == 2) return float_tile<rows, 2>(a, block, sums);
-    float_tile<rows, kPanels>(a, block, sums);
+    switch (panels) {
+        case 1: return float_tile<rows, 1>(a, block, sums);
+        case 2: return float_tile<rows, 2>(a, block, sums);
+        case 3:
+            if constexpr (kPanels >= 3) return float_tile<rows, 3>(a, block, sums);
+            break;
+        case 4:
+            if constexpr (kPanels >= 4 && rows * 4 <= kSums) return float_tile<rows, 4>(a, block, sums);
+    }
 }
 
 void int8_float_products(const Int8Rows& a, int rows, int panels, const char* block, float* sums) {

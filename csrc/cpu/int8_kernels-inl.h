@@ -7,9 +7,10 @@ namespace fastkd {
 namespace {
 
 constexpr Int8Kernels int8_kernels = {
-    {W, kPanels, kProductRows, kPerWord, kZero},
+    {W, kPanels, kProductRows, kSums, kPerWord, kZero},
     int8_largest,
     int8_quantize,
+    int8_quantize_bounded,
     int8_quantize_planes,
     int8_products,
     int8_transpose,

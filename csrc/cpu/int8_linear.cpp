@@ -22,7 +22,7 @@ void quantize_row(const Int8Kernels& kernels, const Int8Layer& l, int64_t row, i
     if (is_blank(step)) {
         std::memset(numbers, kernels.layout.zero, terms * kernels.layout.bytes());
     } else {
-        kernels.quantize(x, l.dtype, terms, step, numbers);
+        kernels.quantize_bounded(x, l.dtype, terms, step, numbers);
     }
 }
 

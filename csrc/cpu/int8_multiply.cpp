@@ -8,8 +8,11 @@ namespace fastkd {
 namespace {
 
 constexpr int64_t kStrip = 64;  // pixels: about as many as columns, so that neither side is read much more often
+constexpr int64_t kNear = 1 << 20;  // bytes of a core's own cache
 constexpr int64_t kCost = 128;  // products that are as dear as one id of a row of logits (threads.h)
 constexpr int64_t kStream = 8;  // rows that could be computed while a block of weights is read
+constexpr int64_t kAhead = 24;  // rows: with fewer products, weights come no sooner for being asked for
+constexpr int64_t kItems = 8;   // for each thread, so that all are busy to the end
 
 // What a strip of pixels and a block of columns become, until it is written. Whole panels and, transposed, whole vectors.
 struct alignas(64) Stage {
@@ -25,6 +28,9 @@ class Strip {
     Strip(const Int8Grid& g, const Packing& p, const char* packed, const Int8Epilogue& e)
         : g_(g), p_(p), packed_(packed), e_(e), kernels_(active_instruction_set().int8) {}
 
+    // Weights that come after these, and are read from far away while there are products to be made.
+    void expect(const char* weights, int64_t bytes) { ahead_ = weights, ahead_end_ = weights + bytes; }
+
     void compute(int64_t image, int64_t begin, int64_t end, int64_t group, int64_t block) {
         const int panels = static_cast<int>(p_.first_panel(block + 1) - p_.first_panel(block));
         const int64_t pitch = panels * p_.layout.lanes, first = p_.first_panel(block) * p_.layout.lanes;
@@ -32,22 +38,25 @@ class Strip {
         if (g_.kind == Int8Grid::depthwise) numbers += first * kernels_.layout.bytes();
         for (int64_t part = 0; part < p_.parts; ++part) {
             const char* weights = packed_ + p_.offset(group, part, block);
-            multiply(numbers, begin, end, g_.runs[part], panels, weights, pitch);
+            multiply(numbers, begin, end, g_.runs[part], panels, p_.words_of(part), weights, pitch);
             if (p_.parts > 1) add_part(part, (end - begin) * pitch);
         }
         finish(image, begin, end, group * p_.columns + first, std::min(pitch, p_.columns - first), pitch);
     }
 
   private:
-    void multiply(const char* numbers, int64_t begin, int64_t end, const std::vector<Run>& runs, int panels,
+    void multiply(const char* numbers, int64_t begin, int64_t end, const std::vector<Run>& runs, int panels, int64_t words,
                   const char* weights, int64_t pitch) {
+        const int64_t most = p_.layout.rows_of(panels);
         for (int64_t pixel = begin; pixel < end;) {
             const int64_t y = pixel / g_.width, x = pixel % g_.width;
             int64_t left = std::min(g_.width - x, end - pixel);  // of this line, in tiles as alike as can be
             const char* at = numbers + y * g_.line_stride + x * g_.pixel_stride;
-            for (int64_t tiles = (left + p_.layout.rows - 1) / p_.layout.rows; tiles > 0; --tiles) {
+            for (int64_t tiles = (left + most - 1) / most; tiles > 0; --tiles) {
                 const int rows = static_cast<int>((left + tiles - 1) / tiles);
-                const Int8Rows a{at, g_.pixel_stride, runs.data(), static_cast<int64_t>(runs.size())};
+                const char* ahead = ahead_ < ahead_end_ ? ahead_ : weights;
+                if (ahead == ahead_) ahead_ += words * kLine;
+                const Int8Rows a{at, g_.pixel_stride, runs.data(), static_cast<int64_t>(runs.size()), ahead};
                 products(a, rows, panels, weights, (pixel - begin) * pitch);
                 at += rows * g_.pixel_stride, pixel += rows, left -= rows;
             }
@@ -101,6 +110,7 @@ class Strip {
     const char* packed_;
     const Int8Epilogue& e_;
     const Int8Kernels& kernels_;
+    const char *ahead_ = nullptr, *ahead_end_ = nullptr;
     Stage stage_;
     std::vector<double> wide_;
 };
@@ -135,16 +145,28 @@ Int8Epilogue epilogue_of_rows(const Int8Layer& l, const Int8Matrix& m, const Pac
 }
 
 void int8_multiply(const Int8Grid& g, const Packing& p, const char* packed, const Int8Epilogue& e, int threads) {
-    const int64_t pixels = g.height * g.width, strips = (pixels + kStrip - 1) / kStrip;
-    const int64_t blocks = p.shape.groups * p.blocks, items = g.images * strips * blocks;
-    if (items == 0) return;
-    const int64_t columns = std::min<int64_t>(p.columns, kMostColumns);
-    const int64_t products = p.words * p.layout.group * columns * (std::min(pixels, kStrip) + kStream);
-    for_each_chunk(items, products / kCost, threads, [&](int64_t begin, int64_t end) {
+    const int64_t pixels = g.height * g.width, strips = (pixels + kStrip - 1) / kStrip, count = g.images * strips;
+    const int64_t blocks = p.shape.groups * p.blocks;
+    if (count * blocks == 0) return;
+    // So many strips take a block of weights in turn: as many as stay near beside this block and the next.
+    const int64_t columns = std::min<int64_t>(p.columns, kMostColumns), block_bytes = p.bytes() / blocks;
+    const int64_t near = (kNear - 2 * block_bytes) / std::max<int64_t>(1, std::min(pixels, kStrip) * g.pixel_stride);
+    const int64_t fair = threads > 1 ? count * blocks / (kItems * threads) : count;
+    const int64_t depth = std::max<int64_t>(1, std::min({near, fair, count}));
+    const int64_t items = (count + depth - 1) / depth * blocks;
+    const int64_t products = p.words * p.layout.group * columns * (depth * std::min(pixels, kStrip) + kStream);
+    const int64_t chunk = std::max(least_chunk(products / kCost), items / (kItems * threads));
+    in_chunks(items, chunk, threads, [&](int64_t begin, int64_t end) {
         Strip strip(g, p, packed, e);
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t first = i / blocks % strips * kStrip, block = i % blocks;
-            strip.compute(i / (strips * blocks), first, std::min(pixels, first + kStrip), block / p.blocks, block % p.blocks);
+            const int64_t group = i % blocks / p.blocks, block = i % p.blocks, next = (i + 1) % blocks;
+            if (i + 1 < end && blocks > 1 && p.parts == 1 && depth * std::min(pixels, kStrip) >= kAhead) {
+                strip.expect(packed + p.offset(next / p.blocks, 0, next % p.blocks), block_bytes);
+            }
+            for (int64_t s = i / blocks * depth; s < std::min(count, (i / blocks + 1) * depth); ++s) {
+                const int64_t first = s % strips * kStrip;
+                strip.compute(s / strips, first, std::min(pixels, first + kStrip), group, block);
+            }
         }
     });
 }

@@ -25,7 +25,7 @@ class Packing {
     Packing(const Int8Shape& given, const Int8Layout& of)
         : depthwise(is_depthwise(given)),
           shape{given.channels, given.terms, given.taps, depthwise ? 1 : given.groups},
-          layout{of.lanes, of.panels, of.rows, depthwise ? 4 : of.group, of.zero},
+          layout{of.lanes, of.panels, of.rows, of.sums, depthwise ? 4 : of.group, of.zero},
           columns(shape.groups ? shape.channels / shape.groups : 0),
           panels((columns + layout.lanes - 1) / layout.lanes),
           blocks((panels + layout.panels - 1) / layout.panels),

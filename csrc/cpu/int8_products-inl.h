@@ -6,7 +6,7 @@ namespace fastkd {
 namespace {
 
 // Sums of a tile stay in registers: 24 of 32 where a register has 16 lanes, elsewhere 8 of 16.
-constexpr int kPanels = W == 16 ? 3 : 2, kProductRows = W == 16 ? 8 : 4;
+constexpr int kSums = W == 16 ? 24 : 8, kPanels = W == 16 ? 4 : 2, kProductRows = W == 16 ? 8 : 4;
 static_assert(kPanels * W <= kMostColumns, "a block fits the memory of its sums");
 constexpr int64_t kWordBytes = W * kPerWord;  // of a panel
 
@@ -62,6 +62,7 @@ __attribute__((noinline)) void product_tile(const Int8Rows& a, const char* block
 #pragma GCC unroll 24
     for (int i = 0; i < rows * panels; ++i) __builtin_memcpy(&sums[i], block + i % panels * sizeof(vi), sizeof(vi));
     const char* weights = block + panels * sizeof(vi);
+    const char* ahead = a.ahead;
     const int64_t stride = a.stride;
     for (const Run* run = a.runs; run < a.runs + a.count; ++run) {
         const char* at[(rows + 2) / 3];
@@ -71,6 +72,8 @@ __attribute__((noinline)) void product_tile(const Int8Rows& a, const char* block
             vi w[panels];
 #pragma GCC unroll 4
             for (int p = 0; p < panels; ++p) w[p] = load_weights(weights + p * kWordBytes);
+            __builtin_prefetch(ahead, 0, 2);
+            ahead += 64;
 #pragma GCC unroll 24
             for (int i = 0; i < rows * panels; ++i) {
                 const int r = i / panels;
@@ -85,9 +88,15 @@ __attribute__((noinline)) void product_tile(const Int8Rows& a, const char* block
 
 template <int rows>
 FASTKD_INLINE void products_of_rows(const Int8Rows& a, int panels, const char* block, int32_t* sums) {
-    if (panels == 1) return product_tile<rows, 1>(a, block, sums);
-    if (kPanels == 2 || panels == 2) return product_tile<rows, 2>(a, block, sums);
-    product_tile<rows, kPanels>(a, block, sums);
+    switch (panels) {
+        case 1: return product_tile<rows, 1>(a, block, sums);
+        case 2: return product_tile<rows, 2>(a, block, sums);
+        case 3:
+            if constexpr (kPanels >= 3) return product_tile<rows, 3>(a, block, sums);
+            break;
+        case 4:
+            if constexpr (kPanels >= 4 && rows * 4 <= kSums) return product_tile<rows, 4>(a, block, sums);
+    }
 }
 
 void int8_products(const Int8Rows& a, int rows, int panels, const char* block, int32_t* sums) {
@@ -108,7 +117,6 @@ void int8_products(const Int8Rows& a, int rows, int panels, const char* block, i
 // As many products as registers alone allow: what the benches compare with. Nothing is known of the numbers, so that no
 // product can be taken out of the loop.
 int64_t int8_peak(int64_t rounds) {
-    constexpr int kSums = W == 16 ? 24 : 8;
     vi sums[kSums]{}, numbers = (vi)rounded(splat(1.0f)), w = (vi)rounded(splat(2.0f));
     for (int64_t round = 0; round < rounds; ++round) {
 #pragma GCC unroll 24

@@ -25,7 +25,8 @@ FASTKD_INLINE uint32_t largest_lane(vi most) {
     return (uint32_t)result;
 }
 
-uint32_t int8_largest(const void* x, Dtype dtype, int64_t n) {
+template <Dtype dtype>
+static uint32_t largest(const void* x, int64_t n) {
     vi most{};
     int64_t i = 0;
     for (; i + W <= n; i += W) most = larger(most, take<true>(x, dtype, i, W));
@@ -33,43 +34,121 @@ uint32_t int8_largest(const void* x, Dtype dtype, int64_t n) {
     return largest_lane(most);
 }
 
-// Whole numbers from -127 to 127; whatever a NaN becomes, its row is NaN. The quotient is rounded, then the number: a
-// product with 1 / step would now and then be another number than everybody else's.
-FASTKD_INLINE vi levels(vf x, vf step) {
-    const vf clamped = at_most(at_least(x / step, splat(-kLevels)), splat(kLevels));
-    return __builtin_convertvector(round_to_even(clamped), vi);
+uint32_t int8_largest(const void* x, Dtype dtype, int64_t n) {
+    switch (dtype) {
+        case Dtype::float32: return largest<Dtype::float32>(x, n);
+        case Dtype::bfloat16: return largest<Dtype::bfloat16>(x, n);
+        case Dtype::float16: return largest<Dtype::float16>(x, n);
+    }
+    return 0;
 }
 
-uint32_t int8_quantize(const void* x, Dtype dtype, int64_t n, float step, void* numbers) {
-    Number* out = static_cast<Number*>(numbers);
-    const vf by = splat(step);
+// The quotient is rounded, then the number: a product with 1 / step would now and then be another number than everybody
+// else's. A division takes as long as ten products, so the quotient is that product, twice corrected by what it leaves over
+// (Markstein, IBM J. Res. Dev. 34, 1990): the same float, as long as nothing overflows or is denormal on the way.
+struct Divisor {
+    vf step, inverse, most;
+    bool corrected;
+};
+
+FASTKD_INLINE Divisor divisor(float step) {
+#if defined(__FMA__)
+    const bool corrected = step > 0x1p-60f && step < 0x1p60f;
+#else
+    const bool corrected = false;
+#endif
+    // What is clamped is x: nothing is too large then, and 127.25 steps become 127.
+    return {splat(step), splat(1.0f) / splat(step), splat(step * (kLevels + 0.25f)), corrected};
+}
+
+template <bool corrected>
+FASTKD_INLINE vf quotient(vf x, const Divisor& d) {
+#if defined(__AVX512F__)
+    if (corrected) {
+        const __m512 step = (__m512)d.step, inverse = (__m512)d.inverse, first = _mm512_mul_ps((__m512)x, inverse);
+        const __m512 second = _mm512_fmadd_ps(_mm512_fnmadd_ps(first, step, (__m512)x), inverse, first);
+        return (vf)_mm512_fmadd_ps(_mm512_fnmadd_ps(second, step, (__m512)x), inverse, second);
+    }
+#elif defined(__FMA__)
+    if (corrected) {
+        const __m256 step = (__m256)d.step, inverse = (__m256)d.inverse, first = _mm256_mul_ps((__m256)x, inverse);
+        const __m256 second = _mm256_fmadd_ps(_mm256_fnmadd_ps(first, step, (__m256)x), inverse, first);
+        return (vf)_mm256_fmadd_ps(_mm256_fnmadd_ps(second, step, (__m256)x), inverse, second);
+    }
+#endif
+    return x / d.step;
+}
+
+// Whole numbers from -127 to 127, and kZero more, in the lowest bits; whatever a NaN becomes, its row is NaN. `bounded`: no
+// x is more than 127 steps.
+template <bool corrected, bool bounded>
+FASTKD_INLINE vi levels(vf x, const Divisor& d) {
+    const vf y = quotient<corrected>(bounded ? x : at_most(at_least(x, -d.most), d.most), d);
+    return bits(rounded(y + splat(12582912.0f + kZero)));  // 1.5 * 2^23: what is behind the point is rounded away, half to even
+}
+
+FASTKD_INLINE vn lowest_bits(vi x) {
+#if defined(__AVX512VNNI__)
+    return (vn)_mm512_cvtepi32_epi8((__m512i)x);
+#else
+    return narrowed<vn>(x);
+#endif
+}
+
+template <Dtype dtype, bool corrected, bool bounded>
+static uint32_t quantize(const void* x, int64_t n, const Divisor& by, Number* out) {
     vi most{};
     int64_t i = 0;
     for (; i + W <= n; i += W) {
         const vf value = take<true>(x, dtype, i, W);
-        const vn packed = narrowed<vn>(levels(value, by) + kZero);
+        const vn packed = lowest_bits(levels<corrected, bounded>(value, by));
         __builtin_memcpy(out + i, &packed, sizeof packed);
-        most = larger(most, value);
+        if (!bounded) most = larger(most, value);
     }
     if (i < n) {
         const vf value = take<false>(x, dtype, i, n - i);
-        const vn packed = narrowed<vn>(levels(value, by) + kZero);
+        const vn packed = lowest_bits(levels<corrected, bounded>(value, by));
         __builtin_memcpy(out + i, &packed, (n - i) * sizeof(Number));
-        most = larger(most, value);
+        if (!bounded) most = larger(most, value);
     }
     return largest_lane(most);
 }
 
+template <Dtype dtype, bool bounded>
+FASTKD_INLINE uint32_t quantize(const void* x, int64_t n, float step, void* numbers) {
+    const Divisor by = divisor(step);
+    Number* out = static_cast<Number*>(numbers);
+    return by.corrected ? quantize<dtype, true, bounded>(x, n, by, out) : quantize<dtype, false, bounded>(x, n, by, out);
+}
+
+template <bool bounded>
+FASTKD_INLINE uint32_t quantize(const void* x, Dtype dtype, int64_t n, float step, void* numbers) {
+    switch (dtype) {
+        case Dtype::float32: return quantize<Dtype::float32, bounded>(x, n, step, numbers);
+        case Dtype::bfloat16: return quantize<Dtype::bfloat16, bounded>(x, n, step, numbers);
+        case Dtype::float16: return quantize<Dtype::float16, bounded>(x, n, step, numbers);
+    }
+    return 0;
+}
+
+uint32_t int8_quantize(const void* x, Dtype dtype, int64_t n, float step, void* numbers) {
+    return quantize<false>(x, dtype, n, step, numbers);
+}
+
+void int8_quantize_bounded(const void* x, Dtype dtype, int64_t n, float step, void* numbers) {
+    quantize<true>(x, dtype, n, step, numbers);
+}
+
 // One word of each of W pixels.
-template <bool whole>
-FASTKD_INLINE vi word_of_planes(const void* x, Dtype dtype, int64_t plane, int64_t present, int64_t at, int64_t n, vf by,
+template <Dtype dtype, bool corrected, bool bounded, bool whole>
+FASTKD_INLINE vi word_of_planes(const void* x, int64_t plane, int64_t present, int64_t at, int64_t n, const Divisor& by,
                                 vi& most) {
     constexpr int kBits = 32 / kPerWord, kMask = kBits == 8 ? 0xff : 0xffff;
     vi word{};
     for (int j = 0; j < kPerWord; ++j) {
         const vf value = j < present ? take<whole>(x, dtype, j * plane + at, n) : vf{};
-        word |= ((levels(value, by) + kZero) & kMask) << (j * kBits);
-        most = larger(most, value);
+        word |= (levels<corrected, bounded>(value, by) & kMask) << (j * kBits);
+        if (!bounded) most = larger(most, value);
     }
     return word;
 }
@@ -81,19 +160,20 @@ struct Turned {
 };
 
 // `count` of the words of n pixels from `begin` on.
-static void read_planes(const Int8Planes& p, int64_t first, int64_t count, int64_t begin, int64_t n, Turned& out, vi& most) {
-    const int64_t size = p.dtype == Dtype::float32 ? 4 : 2;
-    const vf by = splat(p.step);
+template <Dtype dtype, bool corrected, bool bounded>
+static void read_planes(const Int8Planes& p, const Divisor& by, int64_t first, int64_t count, int64_t begin, int64_t n,
+                        Turned& out, vi& most) {
+    constexpr int64_t kSize = dtype == Dtype::float32 ? 4 : 2;
     for (int64_t k = 0; k < count; ++k) {
         const int64_t c = (first + k) * kPerWord, present = p.channels - c;
-        const void* x = static_cast<const char*>(p.x) + (c * p.plane + begin) * size;
+        const void* x = static_cast<const char*>(p.x) + (c * p.plane + begin) * kSize;
         int64_t i = 0;
         for (; i + W <= n; i += W) {
-            const vi word = word_of_planes<true>(x, p.dtype, p.plane, present, i, W, by, most);
+            const vi word = word_of_planes<dtype, corrected, bounded, true>(x, p.plane, present, i, W, by, most);
             __builtin_memcpy(out.words[k] + i, &word, sizeof word);
         }
         if (i == n) continue;
-        const vi word = word_of_planes<false>(x, p.dtype, p.plane, present, i, n - i, by, most);
+        const vi word = word_of_planes<dtype, corrected, bounded, false>(x, p.plane, present, i, n - i, by, most);
         __builtin_memcpy(out.words[k] + i, &word, sizeof word);
     }
 }
@@ -116,7 +196,8 @@ static void write_pixels(const Int8Planes& p, int64_t first, int64_t count, int6
     }
 }
 
-uint32_t int8_quantize_planes(const Int8Planes& p) {
+template <Dtype dtype, bool corrected, bool bounded>
+static uint32_t quantize_planes(const Int8Planes& p, const Divisor& by) {
     const int64_t pixels = p.width * p.lines, words = (p.channels + kPerWord - 1) / kPerWord;
     Turned turned;
     vi most{};
@@ -125,11 +206,27 @@ uint32_t int8_quantize_planes(const Int8Planes& p) {
         int64_t y = 0, x = 0;
         for (int64_t begin = 0; begin < pixels; begin += kPixels) {
             const int64_t n = pixels - begin < kPixels ? pixels - begin : kPixels;
-            read_planes(p, first, count, begin, n, turned, most);
+            read_planes<dtype, corrected, bounded>(p, by, first, count, begin, n, turned, most);
             write_pixels(p, first, count, n, turned, y, x);
         }
     }
     return largest_lane(most);
+}
+
+template <Dtype dtype>
+FASTKD_INLINE uint32_t quantize_planes(const Int8Planes& p) {
+    const Divisor by = divisor(p.step);
+    if (!by.corrected) return quantize_planes<dtype, false, false>(p, by);
+    return p.bounded ? quantize_planes<dtype, true, true>(p, by) : quantize_planes<dtype, true, false>(p, by);
+}
+
+uint32_t int8_quantize_planes(const Int8Planes& p) {
+    switch (p.dtype) {
+        case Dtype::float32: return quantize_planes<Dtype::float32>(p);
+        case Dtype::bfloat16: return quantize_planes<Dtype::bfloat16>(p);
+        case Dtype::float16: return quantize_planes<Dtype::float16>(p);
+    }
+    return 0;
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ namespace fastkd {
 enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu };
 
 constexpr int kMostColumns = 64;  // of a block
+constexpr int kMostRows = 8;      // of a product
 constexpr int kLevels = 127;      // on each side of zero
 
 struct Int8Layout {
@@ -35,8 +36,7 @@ struct Run {
 };
 
 struct Int8Rows {
-    const char* data;
-    int64_t stride;  // bytes
+    const char* at[kMostRows];
     const Run* runs;
     int64_t count;   // of runs
     const char* ahead;  // what will be read next: of each word of these rows a line of it is fetched into the cache

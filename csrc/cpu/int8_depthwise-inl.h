@@ -37,15 +37,15 @@ static void depthwise_panels(const Int8Rows& a, int panels, const char* block, i
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) __builtin_memcpy(&sums[r], weights, sizeof(vi));
         for (const Run* run = a.runs; run < a.runs + a.count; ++run) {
-            const char* numbers = a.data + panel * W * sizeof(Number) + run->offset;
+            int64_t at = panel * W * sizeof(Number) + run->offset;
             for (int64_t word = 0; word < run->words; ++word) {
                 weights += pitch * sizeof(int32_t);
                 vi w;
                 __builtin_memcpy(&w, weights, sizeof w);
                 w = (w << 24 >> 24) & 0xffff;
 #pragma GCC unroll 8
-                for (int r = 0; r < rows; ++r) sums[r] = add_each(sums[r], load_numbers(numbers + r * a.stride), w);
-                numbers += 4;
+                for (int r = 0; r < rows; ++r) sums[r] = add_each(sums[r], load_numbers(a.at[r] + at), w);
+                at += 4;
             }
         }
 #pragma GCC unroll 8

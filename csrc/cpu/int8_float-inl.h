@@ -17,9 +17,7 @@ template <int rows, int panels>
 __attribute__((noinline)) void float_tile(const Int8Rows& a, const char* block, float* out) {
     vf sums[rows * panels]{};
     const char* weights = block + panels * sizeof(vi);
-    const int64_t stride = a.stride;
     for (const Run* run = a.runs; run < a.runs + a.count; ++run) {
-        const char* at = a.data + run->offset;
         for (int64_t word = 0; word < run->words; ++word) {
 #pragma GCC unroll 4
             for (int j = 0; j < kPerWord; ++j) {
@@ -29,7 +27,7 @@ __attribute__((noinline)) void float_tile(const Int8Rows& a, const char* block, 
 #pragma GCC unroll 24
                 for (int i = 0; i < rows * panels; ++i) {
                     float x;
-                    __builtin_memcpy(&x, at + i / panels * stride + (word * kPerWord + j) * sizeof x, sizeof x);
+                    __builtin_memcpy(&x, a.at[i / panels] + run->offset + (word * kPerWord + j) * sizeof x, sizeof x);
                     sums[i] += x * column[i % panels];
                 }
             }

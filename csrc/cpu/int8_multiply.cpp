@@ -48,18 +48,19 @@ class Strip {
     void multiply(const char* numbers, int64_t begin, int64_t end, const std::vector<Run>& runs, int panels, int64_t words,
                   const char* weights, int64_t pitch) {
         const int64_t most = p_.layout.rows_of(panels);
-        for (int64_t pixel = begin; pixel < end;) {
-            const int64_t y = pixel / g_.width, x = pixel % g_.width;
-            int64_t left = std::min(g_.width - x, end - pixel);  // of this line, in tiles as alike as can be
-            const char* at = numbers + y * g_.line_stride + x * g_.pixel_stride;
-            for (int64_t tiles = (left + most - 1) / most; tiles > 0; --tiles) {
-                const int rows = static_cast<int>((left + tiles - 1) / tiles);
-                const char* ahead = ahead_ < ahead_end_ ? ahead_ : weights;
-                if (ahead == ahead_) ahead_ += words * kLine;
-                const Int8Rows a{at, g_.pixel_stride, runs.data(), static_cast<int64_t>(runs.size()), ahead};
-                products(a, rows, panels, weights, (pixel - begin) * pitch);
-                at += rows * g_.pixel_stride, pixel += rows, left -= rows;
+        const char* line = numbers + begin / g_.width * g_.line_stride;
+        int64_t x = begin % g_.width, left = end - begin;
+        Int8Rows a{{}, runs.data(), static_cast<int64_t>(runs.size()), nullptr};
+        for (int64_t tiles = (left + most - 1) / most; tiles > 0; --tiles) {  // as alike as can be
+            const int rows = static_cast<int>((left + tiles - 1) / tiles);
+            for (int r = 0; r < rows; ++r) {
+                a.at[r] = line + x * g_.pixel_stride;
+                if (++x == g_.width) x = 0, line += g_.line_stride;
             }
+            a.ahead = weights;
+            if (ahead_ < ahead_end_) a.ahead = ahead_, ahead_ += words * kLine;
+            products(a, rows, panels, weights, (end - begin - left) * pitch);
+            left -= rows;
         }
     }
 

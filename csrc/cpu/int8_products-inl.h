@@ -7,7 +7,7 @@ namespace {
 
 // Sums of a tile stay in registers: 24 of 32 where a register has 16 lanes, elsewhere 8 of 16.
 constexpr int kSums = W == 16 ? 24 : 8, kPanels = W == 16 ? 4 : 2, kProductRows = W == 16 ? 8 : 4;
-static_assert(kPanels * W <= kMostColumns, "a block fits the memory of its sums");
+static_assert(kPanels * W <= kMostColumns && kProductRows <= kMostRows);
 constexpr int64_t kWordBytes = W * kPerWord;  // of a panel
 
 // A word of each column, as the products take them; what these add to the sums.
@@ -54,8 +54,7 @@ FASTKD_INLINE vi broadcast_word(const char* p) {
     return word - vi{};
 }
 
-// Not inlined: within a larger function gcc 12 keeps the sums in memory, at half the speed. Three rows share an address,
-// so that all of them fit the registers.
+// Not inlined: within a larger function gcc 12 keeps the sums in memory, at half the speed.
 template <int rows, int panels>
 __attribute__((noinline)) void product_tile(const Int8Rows& a, const char* block, int32_t* out) {
     vi sums[rows * panels];
@@ -63,11 +62,10 @@ __attribute__((noinline)) void product_tile(const Int8Rows& a, const char* block
     for (int i = 0; i < rows * panels; ++i) __builtin_memcpy(&sums[i], block + i % panels * sizeof(vi), sizeof(vi));
     const char* weights = block + panels * sizeof(vi);
     const char* ahead = a.ahead;
-    const int64_t stride = a.stride;
     for (const Run* run = a.runs; run < a.runs + a.count; ++run) {
-        const char* at[(rows + 2) / 3];
-#pragma GCC unroll 3
-        for (int t = 0; t < (rows + 2) / 3; ++t) at[t] = a.data + run->offset + 3 * t * stride;
+        const char* at[rows];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) at[r] = a.at[r] + run->offset;
         for (int64_t word = 0; word < run->words; ++word) {
             vi w[panels];
 #pragma GCC unroll 4
@@ -76,8 +74,7 @@ __attribute__((noinline)) void product_tile(const Int8Rows& a, const char* block
             ahead += 64;
 #pragma GCC unroll 24
             for (int i = 0; i < rows * panels; ++i) {
-                const int r = i / panels;
-                sums[i] = add_products(sums[i], broadcast_word(at[r / 3] + r % 3 * stride + 4 * word), w[i % panels]);
+                sums[i] = add_products(sums[i], broadcast_word(at[i / panels] + 4 * word), w[i % panels]);
             }
             weights += panels * kWordBytes;
         }

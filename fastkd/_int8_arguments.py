@@ -101,6 +101,8 @@ def window(op: str, of: Tensor, stride: Any, padding: Any, dilation: Any, groups
 
 def pair(op: str, argument: str, value: Any, least: int) -> tuple[int, int]:
     got = (value, value) if isinstance(value, int) else value
+    if type(got) is tuple and len(got) == 2 and type(got[0]) is type(got[1]) is int and min(got) >= least:
+        return got  # nearly always: what follows would take longer
     if not isinstance(got, (tuple, list)) or any(isinstance(x, bool) or not isinstance(x, int) for x in got):
         bad_type(op, argument, "be an integer or a pair of them", repr(value))
     if len(got) != 2 or min(got) < least:

@@ -22,7 +22,7 @@ struct Int8Layout {
     int lanes;   // columns of a panel
     int panels;  // of a block, at most
     int rows;    // that a product takes, at most
-    int sums;    // vectors of them that the registers hold: rows of a product times its panels, at most
+    int sums;    // vectors of them that the registers hold: with more rows than fit, a block is read in parts
     int group;   // numbers of a word
     int zero;    // what stands for the number 0
     int bytes() const { return 4 / group; }  // of a number
@@ -82,7 +82,7 @@ struct Int8Kernels {
     uint32_t (*quantize)(const void* x, Dtype, int64_t n, float step, void* numbers);
     void (*quantize_bounded)(const void* x, Dtype, int64_t n, float step, void* numbers);
     uint32_t (*quantize_planes)(const Int8Planes&);
-    // sums[r * panels * lanes + c], of at most layout.rows_of(panels) rows and a block of `panels` panels.
+    // sums[r * panels * lanes + c], of at most layout.rows rows and a block of `panels` panels.
     void (*products)(const Int8Rows&, int rows, int panels, const char* block, int32_t* sums);
     // columns of lines, and lines of columns: [rows][columns] to [columns][pitch], of whole panels.
     void (*transpose)(const int32_t* sums, int64_t rows, int64_t columns, int32_t* out, int64_t pitch);

@@ -12,12 +12,20 @@ FASTKD_INLINE vf weight_of(vi w, int j) {
     return __builtin_convertvector(w << (32 - kBits * (j + 1)) >> (32 - kBits), vf);
 }
 
-// As product_tile in int8_products-inl.h, of rows of floats.
+// As ProductTile, of rows of floats.
+struct FloatTile {
+    template <int rows, int panels>
+    static void compute(const Int8Rows& a, const Int8Panels& b);
+};
+
 template <int rows, int panels>
-__attribute__((noinline)) void float_tile(const Int8Rows& a, const char* block, float* out) {
+__attribute__((noinline)) void FloatTile::compute(const Int8Rows& a, const Int8Panels& b) {
     vf sums[rows * panels]{};
-    const char* weights = block + panels * sizeof(vi);
+    const char* weights = b.words;
     for (const Run* run = a.runs; run < a.runs + a.count; ++run) {
+        const char* at[rows];
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) at[r] = a.at[r] + run->offset;
         for (int64_t word = 0; word < run->words; ++word) {
 #pragma GCC unroll 4
             for (int j = 0; j < kPerWord; ++j) {
@@ -27,43 +35,21 @@ __attribute__((noinline)) void float_tile(const Int8Rows& a, const char* block, 
 #pragma GCC unroll 24
                 for (int i = 0; i < rows * panels; ++i) {
                     float x;
-                    __builtin_memcpy(&x, a.at[i / panels] + run->offset + (word * kPerWord + j) * sizeof x, sizeof x);
+                    __builtin_memcpy(&x, at[i / panels] + (word * kPerWord + j) * sizeof x, sizeof x);
                     sums[i] += x * column[i % panels];
                 }
             }
-            weights += panels * kWordBytes;
+            weights += b.step;
         }
     }
 #pragma GCC unroll 24
-    for (int i = 0; i < rows * panels; ++i) __builtin_memcpy(out + i * W, &sums[i], sizeof(vf));
-}
-
-template <int rows>
-FASTKD_INLINE void float_products_of_rows(const Int8Rows& a, int panels, const char* block, float* sums) {
-    switch (panels) {
-        case 1: return float_tile<rows, 1>(a, block, sums);
-        case 2: return float_tile<rows, 2>(a, block, sums);
-        case 3:
-            if constexpr (kPanels >= 3) return float_tile<rows, 3>(a, block, sums);
-            break;
-        case 4:
-            if constexpr (kPanels >= 4 && rows * 4 <= kSums) return float_tile<rows, 4>(a, block, sums);
+    for (int i = 0; i < rows * panels; ++i) {
+        __builtin_memcpy(b.sums + i / panels * b.pitch + i % panels * sizeof(vf), &sums[i], sizeof(vf));
     }
 }
 
 void int8_float_products(const Int8Rows& a, int rows, int panels, const char* block, float* sums) {
-    switch (rows) {
-        case 1: return float_products_of_rows<1>(a, panels, block, sums);
-        case 2: return float_products_of_rows<2>(a, panels, block, sums);
-        case 3: return float_products_of_rows<3>(a, panels, block, sums);
-        case 4: return float_products_of_rows<4>(a, panels, block, sums);
-#if defined(__AVX512F__)
-        case 5: return float_products_of_rows<5>(a, panels, block, sums);
-        case 6: return float_products_of_rows<6>(a, panels, block, sums);
-        case 7: return float_products_of_rows<7>(a, panels, block, sums);
-        case 8: return float_products_of_rows<8>(a, panels, block, sums);
-#endif
-    }
+    products_by<FloatTile>(a, rows, panels, block, sums);
 }
 
 void int8_widen(const void* x, Dtype dtype, int64_t n, float* out) {

@@ -47,9 +47,9 @@ class Strip {
   private:
     void multiply(const char* numbers, int64_t begin, int64_t end, const std::vector<Run>& runs, int panels, int64_t words,
                   const char* weights, int64_t pitch) {
-        const int64_t most = p_.layout.rows_of(panels);
         const char* line = numbers + begin / g_.width * g_.line_stride;
         int64_t x = begin % g_.width, left = end - begin;
+        const int64_t most = left > p_.layout.rows ? p_.layout.rows_of(panels) : p_.layout.rows;
         Int8Rows a{{}, runs.data(), static_cast<int64_t>(runs.size()), nullptr};
         for (int64_t tiles = (left + most - 1) / most; tiles > 0; --tiles) {  // as alike as can be
             const int rows = static_cast<int>((left + tiles - 1) / tiles);

@@ -54,14 +54,27 @@ FASTKD_INLINE vi broadcast_word(const char* p) {
     return word - vi{};
 }
 
+// Of the panels of a block those that a tile computes.
+struct Int8Panels {
+    const char *starts, *words;  // of the first of them
+    int64_t step;                // bytes from word to word
+    char* sums;
+    int64_t pitch;  // bytes
+};
+
+struct ProductTile {
+    template <int rows, int panels>
+    static void compute(const Int8Rows& a, const Int8Panels& b);
+};
+
 // Not inlined: within a larger function gcc 12 keeps the sums in memory, at half the speed.
 template <int rows, int panels>
-__attribute__((noinline)) void product_tile(const Int8Rows& a, const char* block, int32_t* out) {
+__attribute__((noinline)) void ProductTile::compute(const Int8Rows& a, const Int8Panels& b) {
     vi sums[rows * panels];
 #pragma GCC unroll 24
-    for (int i = 0; i < rows * panels; ++i) __builtin_memcpy(&sums[i], block + i % panels * sizeof(vi), sizeof(vi));
-    const char* weights = block + panels * sizeof(vi);
-    const char* ahead = a.ahead;
+    for (int i = 0; i < rows * panels; ++i) __builtin_memcpy(&sums[i], b.starts + i % panels * sizeof(vi), sizeof(vi));
+    const char *weights = b.words, *ahead = a.ahead;
+    const int64_t step = b.step;
     for (const Run* run = a.runs; run < a.runs + a.count; ++run) {
         const char* at[rows];
 #pragma GCC unroll 8
@@ -76,39 +89,57 @@ __attribute__((noinline)) void product_tile(const Int8Rows& a, const char* block
             for (int i = 0; i < rows * panels; ++i) {
                 sums[i] = add_products(sums[i], broadcast_word(at[i / panels] + 4 * word), w[i % panels]);
             }
-            weights += panels * kWordBytes;
+            weights += step;
         }
     }
 #pragma GCC unroll 24
-    for (int i = 0; i < rows * panels; ++i) __builtin_memcpy(out + i * W, &sums[i], sizeof(vi));
+    for (int i = 0; i < rows * panels; ++i) {
+        __builtin_memcpy(b.sums + i / panels * b.pitch + i % panels * sizeof(vi), &sums[i], sizeof(vi));
+    }
 }
 
-template <int rows>
-FASTKD_INLINE void products_of_rows(const Int8Rows& a, int panels, const char* block, int32_t* sums) {
-    switch (panels) {
-        case 1: return product_tile<rows, 1>(a, block, sums);
-        case 2: return product_tile<rows, 2>(a, block, sums);
-        case 3:
-            if constexpr (kPanels >= 3) return product_tile<rows, 3>(a, block, sums);
-            break;
-        case 4:
-            if constexpr (kPanels >= 4 && rows * 4 <= kSums) return product_tile<rows, 4>(a, block, sums);
+// As many panels at a time as the registers hold, and as alike in number as can be: with rows that fit none of the weights
+// is read twice.
+template <class Tile, int rows>
+FASTKD_INLINE void products_of_rows(const Int8Rows& a, int panels, const char* block, void* sums) {
+    constexpr int kMost = kSums / rows < kPanels ? kSums / rows : kPanels;
+    const int64_t step = panels * kWordBytes;
+    for (int first = 0, passes = (panels + kMost - 1) / kMost; passes > 0; --passes) {
+        const int count = (panels - first + passes - 1) / passes;
+        const char* words = block + panels * sizeof(vi) + first * kWordBytes;
+        char* to = static_cast<char*>(sums) + first * sizeof(vi);
+        const Int8Panels b{block + first * sizeof(vi), words, step, to, static_cast<int64_t>(panels * sizeof(vi))};
+        switch (count) {
+            case 1: Tile::template compute<rows, 1>(a, b); break;
+            case 2: Tile::template compute<rows, 2>(a, b); break;
+            case 3:
+                if constexpr (kMost >= 3) Tile::template compute<rows, 3>(a, b);
+                break;
+            case 4:
+                if constexpr (kMost >= 4) Tile::template compute<rows, 4>(a, b);
+        }
+        first += count;
+    }
+}
+
+template <class Tile>
+FASTKD_INLINE void products_by(const Int8Rows& a, int rows, int panels, const char* block, void* sums) {
+    switch (rows) {
+        case 1: return products_of_rows<Tile, 1>(a, panels, block, sums);
+        case 2: return products_of_rows<Tile, 2>(a, panels, block, sums);
+        case 3: return products_of_rows<Tile, 3>(a, panels, block, sums);
+        case 4: return products_of_rows<Tile, 4>(a, panels, block, sums);
+#if defined(__AVX512F__)
+        case 5: return products_of_rows<Tile, 5>(a, panels, block, sums);
+        case 6: return products_of_rows<Tile, 6>(a, panels, block, sums);
+        case 7: return products_of_rows<Tile, 7>(a, panels, block, sums);
+        case 8: return products_of_rows<Tile, 8>(a, panels, block, sums);
+#endif
     }
 }
 
 void int8_products(const Int8Rows& a, int rows, int panels, const char* block, int32_t* sums) {
-    switch (rows) {
-        case 1: return products_of_rows<1>(a, panels, block, sums);
-        case 2: return products_of_rows<2>(a, panels, block, sums);
-        case 3: return products_of_rows<3>(a, panels, block, sums);
-        case 4: return products_of_rows<4>(a, panels, block, sums);
-#if defined(__AVX512F__)
-        case 5: return products_of_rows<5>(a, panels, block, sums);
-        case 6: return products_of_rows<6>(a, panels, block, sums);
-        case 7: return products_of_rows<7>(a, panels, block, sums);
-        case 8: return products_of_rows<8>(a, panels, block, sums);
-#endif
-    }
+    products_by<ProductTile>(a, rows, panels, block, sums);
 }
 
 // As many products as registers alone allow: what the benches compare with. Nothing is known of the numbers, so that no

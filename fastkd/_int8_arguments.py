@@ -8,12 +8,22 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._checks import bad_type, bad_value, choice, floats
 from ._int8 import ACTIVATIONS, Window
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IDS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+def no_transform(op: str, input: Any) -> None:
+    """An error under ``torch.func``, whose tensors have no memory, and for a derivative that would be dropped."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"{op}: int8 layers do not run inside vmap, grad, jvp and the like: call them before these")
+    inside = forward_ad._current_level >= 0 and isinstance(input, Tensor)
+    if inside and forward_ad.unpack_dual(input).tangent is not None:
+        raise RuntimeError(f"{op}: there is no gradient through int8 layers, in forward mode either")
 
 
 def weight(op: str, value: Any, ndim: int) -> None:

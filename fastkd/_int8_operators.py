@@ -51,7 +51,8 @@ def linear(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or the scale not positive.
-        RuntimeError: the pinned implementation cannot run here; in backward: there is no gradient.
+        RuntimeError: the pinned implementation cannot run here; ``vmap``, ``jvp`` and other transforms; in backward:
+            there is no gradient.
 
     Example:
         >>> from fastkd._int8 import quantize_channels
@@ -59,6 +60,7 @@ def linear(
         >>> linear(torch.tensor([[2.0, 1.0]]), weight, scale)
         tensor([[0., 1.]])
     """
+    check.no_transform(LINEAR, input)
     check.weight(LINEAR, weight, 2)
     check.rows(LINEAR, input, weight)
     dtype, shape = compute_dtype(input.dtype), (*input.shape[:-1], weight.shape[0])
@@ -90,6 +92,7 @@ def weight_only_linear(
     ``activation(F.linear(input, weight * scale[:, None], bias) + residual)``, with sums in float32, or in float64
     for a float64 input. Arguments, result and errors are those of :func:`linear`.
     """
+    check.no_transform(WEIGHT_ONLY, input)
     check.weight(WEIGHT_ONLY, weight, 2)
     check.rows(WEIGHT_ONLY, input, weight)
     dtype, shape = compute_dtype(input.dtype), (*input.shape[:-1], weight.shape[0])
@@ -137,13 +140,15 @@ def conv2d(
 
     Raises:
         TypeError, ValueError: an argument is of the wrong type, dtype, shape or device, or the scale not positive.
-        RuntimeError: the pinned implementation cannot run here; in backward: there is no gradient.
+        RuntimeError: the pinned implementation cannot run here; ``vmap``, ``jvp`` and other transforms; in backward:
+            there is no gradient.
 
     Example:
         >>> image, weight = torch.ones(1, 1, 2, 2), torch.full((1, 1, 3, 3), 127, dtype=torch.int8)
         >>> conv2d(image, weight, torch.tensor([1 / 127]), padding=1).shape
         torch.Size([1, 1, 2, 2])
     """
+    check.no_transform(CONV2D, input)
     check.weight(CONV2D, weight, 4)
     window = check.window(CONV2D, weight, stride, padding, dilation, groups)
     check.images(CONV2D, input, weight, window)
@@ -188,6 +193,7 @@ def embedding(
         tensor([[ 0.5000,  0.0000],
                 [ 1.0079, -2.0000]])
     """
+    check.no_transform(EMBEDDING, input)
     check.weight(EMBEDDING, weight, 2)
     check.ids(EMBEDDING, input, weight, dtype)
     scale = check.by_channel(EMBEDDING, "scale", scale, weight, compute_dtype(dtype))

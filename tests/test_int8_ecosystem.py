@@ -7,12 +7,14 @@ import gc
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from int8_problems import flat, int8, scales, weights
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastkd import native
 
@@ -124,6 +126,39 @@ def test_a_gradient_of_the_residual_is_refused_too(impl: str) -> None:
     output = int8.linear(flat(6, 12), W, SCALE, residual=residual, impl=impl)
     with pytest.raises(RuntimeError, match="int8_linear: there is no gradient"):
         output.sum().backward()
+
+
+TRANSFORMS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "vmap": lambda call, x: torch.func.vmap(call)(x.unflatten(0, (3, 2))),
+    "jvp": lambda call, x: torch.func.jvp(call, (x,), (x,)),
+    "grad": lambda call, x: torch.func.grad(lambda x: call(x).sum())(x),
+    "jacrev": lambda call, x: torch.func.jacrev(call)(x),
+    "a constant": lambda call, x: torch.func.grad(lambda y: (y * call(x).sum()).sum())(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, at the first jvp
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("compiled", [False, True])
+@calls
+def test_functional_transforms_are_refused(impl: str, op: str, compiled: bool, transform: str) -> None:
+    def run(x: Tensor) -> Any:
+        return TRANSFORMS[transform](lambda x: CALLS[op](x, impl), x)
+
+    run = torch.compile(run, backend="aot_eager") if compiled else run
+    with pytest.raises(RuntimeError, match=f"^{op}: int8 layers do not run inside vmap, grad, jvp and the like: call "):
+        run(flat(6, 12))
+    assert CALLS[op](flat(6, 12), impl).shape[0] == 6, "and afterwards all is as before"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("op", [op for op in CALLS if op != "int8_embedding"])
+def test_no_derivative_is_dropped_in_forward_mode(impl: str, op: str) -> None:
+    x = flat(6, 12)
+    with forward_ad.dual_level():
+        assert torch.equal(CALLS[op](x, impl), CALLS[op](x.clone(), impl)), "a teacher's input has none"
+        with pytest.raises(RuntimeError, match=f"^{op}: there is no gradient through int8 layers, in forward mode ei"):
+            CALLS[op](forward_ad.make_dual(x, x.clone()), impl)
 
 
 packing = pytest.mark.native

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -134,6 +136,20 @@ def test_an_exception_leaves_the_scales_as_they_were() -> None:
         fail()
     assert torch.equal(model.input_scale, before)
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("prepare", [quantize_, prepare_qat_])
+@pytest.mark.parametrize("make", [copy.deepcopy, pickle.dumps])
+def test_no_copy_is_made_inside(prepare: Callable[..., object], make: Callable[[nn.Module], Any]) -> None:
+    """Which would have no scale, and round by row without a word."""
+    model: Any = nn.Sequential(nn.Linear(4, 4)).eval()
+    prepare(model, Static())
+    with calibrate(model):
+        model(torch.ones(1, 4))
+        with pytest.raises(RuntimeError, match="calibrate: a model cannot be copied or saved inside: it has no"):
+            make(model)
+    assert make(model)
+    assert float(copy.deepcopy(model)[0].input_scale) == float(model[0].input_scale) == pytest.approx(1 / 127)
 
 
 def test_refused() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NoReturn
 from weakref import WeakSet
 
 import torch
@@ -26,7 +27,8 @@ def calibrate(model: nn.Module) -> Iterator[None]:
         input_scale = max(batch.abs().max() for batch in its_inputs) / 127
 
     or what the config's observer makes of them. Inside, these layers round each row by its own magnitude, as with
-    :class:`Dynamic`. Scales that were there before are replaced; if an exception leaves the context, they are not.
+    :class:`Dynamic`, and cannot be copied. Scales that were there before are replaced; if an exception leaves the
+    context, they are not.
 
     Args:
         model: In evaluation mode, after :func:`quantize_` (or :func:`prepare_qat_`).
@@ -35,6 +37,7 @@ def calibrate(model: nn.Module) -> Iterator[None]:
         TypeError: a wrong type.
         ValueError: no layer has Static, or one is calibrated already; a model in training mode; nothing was run inside;
             an input that is not finite.
+        RuntimeError: a copy of the model inside.
 
     Warns:
         RuntimeWarning: some layers saw no input, or nothing but zeros: they keep what they had.
@@ -58,7 +61,7 @@ def calibrate(model: nn.Module) -> Iterator[None]:
     before = {name: layer.input_scale for name, layer in layers.items()}
     observers = {name: observer(layer.config) for name, layer in layers.items()}
     handles = [
-        layer.register_forward_pre_hook(_watch(name, observers[name]), with_kwargs=True)
+        layer.register_forward_pre_hook(_Watch(name, observers[name]), with_kwargs=True)
         for name, layer in layers.items()
     ]
     for layer in layers.values():
@@ -88,11 +91,18 @@ def static_layers(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _watch(name: str, seen: Observer) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        seen.see(name, args[0] if args else kwargs["input"])
+@dataclass(frozen=True, eq=False)
+class _Watch:
+    """The hook of a layer that is calibrated. It goes into no copy: that would round by row forever."""
 
-    return hook
+    name: str
+    seen: Observer
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        self.seen.see(self.name, args[0] if args else kwargs["input"])
+
+    def __reduce__(self) -> NoReturn:
+        raise RuntimeError("calibrate: a model cannot be copied or saved inside: it has no input scales there")
 
 
 def _complain(scales: dict[str, float | None]) -> None:

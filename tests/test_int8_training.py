@@ -211,6 +211,29 @@ def test_int8_computes_what_was_trained_with(
         assert done.folded == {"stem_norm": "stem"}
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("config", [Dynamic(), Static()], ids=lambda config: type(config).__name__)
+def test_rows_and_images_that_are_not_finite(config: Any, bad: float) -> None:
+    """NaN in training where they are NaN in int8, and nowhere else."""
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Flatten(2), nn.Linear(9, 4))
+    x, y = torch.randn(3, 2, 4, 4), torch.randn(3, 5, 9)
+    prepared(model, config, x)
+    conv, _, linear = (copy.deepcopy(layer) for layer in model)
+    quantize_(model.eval())
+    x[1, 0, 3, 3] = y[1, 2, 0] = bad
+    for trained, int8, input in ((conv, model[0], x), (linear, model[2], y)):
+        leaf = input.clone().requires_grad_()
+        with torch.no_grad():
+            want = int8(input)
+        got = trained(leaf)
+        assert want.isnan().any()
+        torch.testing.assert_close(got.detach(), want, equal_nan=True, rtol=1e-5, atol=1e-5)
+        got.nansum().backward()
+        assert leaf.grad is not None
+        assert leaf.grad[::2].isfinite().all()
+
+
 def test_layers_and_gradients() -> None:
     """Against the formula by hand; the gradient is that of the rounded numbers, handed straight through."""
     layer = nn.Linear(5, 4)

@@ -15,7 +15,8 @@ def fake_quantize(x: Tensor, scale: Tensor | float) -> Tensor:
         (x / scale).round().clamp(-127, 127) * scale
 
     computed in float32 (float64 of float64) and rounded to the dtype of ``x`` once. The gradient is that of the
-    identity where the clamp changes nothing, and 0 where it does.
+    identity where the clamp changes nothing, and 0 where it does. An infinity is clamped like any number; the layers of
+    :func:`prepare_qat_` make NaN of its row or image before, as int8 layers do.
 
     Args:
         x: Of any float dtype.

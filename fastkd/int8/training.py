@@ -93,16 +93,19 @@ class FakeQuantizedEmbedding(nn.Embedding):
 
 
 def _rounded_input(input: Tensor, ndim: int, config: Config, scale: Tensor | None) -> Tensor:
-    if isinstance(config, WeightOnly):
-        return input
-    return _by_slice(input, ndim) if scale is None else fake_quantize(input, scale)
+    return input if isinstance(config, WeightOnly) else _by_slice(input, ndim, scale)
 
 
-def _by_slice(values: Tensor, ndim: int) -> Tensor:
-    """With one scale for each slice of so many dimensions, the last ones."""
+def _by_slice(values: Tensor, ndim: int, scale: Tensor | None = None) -> Tensor:
+    """With one scale for each slice of so many dimensions, the last ones; its own, unless all have this one.
+
+    A slice with an infinity is NaN in both cases, as int8 layers make of it.
+    """
     shape = values.shape[: values.ndim - ndim]
     wide = values.detach().to(torch.promote_types(values.dtype, torch.float32))
     scales = channel_scales(wide.reshape(shape.numel(), *values.shape[values.ndim - ndim :]))
+    if scale is not None:
+        scales = torch.where(scales.isnan(), scales, scale)
     return fake_quantize(values, scales.reshape(*shape, *[1] * ndim))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import gc
 import math
 import multiprocessing
@@ -254,6 +255,21 @@ def test_schedules_move_in_steps_without_a_term() -> None:
     one.fit(ROWS, steps=5, lr_scheduler=scheduler, **OPTIONS)
     assert made[0].last_epoch == 5
     assert rates == pytest.approx([0.1 / step for step in (1, 2, 3, 4, 5)])
+
+
+def test_evaluation_while_no_term_counts(tmp_path: Path) -> None:
+    """As training has it before a schedule begins: the loss is no number, and what comes later is better."""
+    one = distiller(Term(kd_loss, weight=Piecewise({0: 0.0, 3: 1.0}), name="soft"))
+    result = one.fit(ROWS, ROWS, steps=5, evaluate_every=1, out=tmp_path, keep="best", **OPTIONS)
+    with open(tmp_path / "val.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["loss"] for row in rows[:3]] == ["nan"] * 3
+    assert [row["term/soft"] for row in rows[:3]] == [""] * 3
+    assert len({row["accuracy"] for row in rows[:3]}) == 1, "the student runs, and learns nothing"
+    assert all(float(row["loss"]) == float(row["term/soft"]) for row in rows[3:])
+    assert result.best_step == 5
+    with pytest.raises(ValueError, match="fit: val must have a batch, got none"):
+        distiller().fit(ROWS, [], epochs=1, **OPTIONS)
 
 
 def test_nobody_is_told_that_weights_are_the_best_where_none_were() -> None:

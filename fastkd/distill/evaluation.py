@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, SupportsFloat
@@ -74,6 +75,7 @@ def _on(
     sums: dict[str, Tensor] = {}
     counts: dict[str, Any] = {}
     right = {prefix: _Accuracy(one) for prefix, one in members(distiller)}
+    batch = None
     for given in val:
         batch = mapped(lambda tensor: tensor.to(device), given)
         rows = rows_of(batch)
@@ -86,11 +88,12 @@ def _on(
             sums[name] = sums.get(name, 0) + _wide(part)
             value = count[name]
             counts[name] = 1.0 if isinstance(value, float) else counts.get(name, 0) + (rows if value is None else value)
-    if not counts:
-        _checks.bad_value("fit", "val", "have a batch, and a term whose weight is not 0", "none")
+    if batch is None:
+        _checks.bad_value("fit", "val", "have a batch", "none")
     means = {name: float(total / max(float(counts[name]), 1.0)) for name, total in sums.items()}
     weights = distiller.weights()
-    found = {"loss": sum(weights[name] * mean for name, mean in means.items())}
+    # Of no term that counts the loss would be 0, which no later one could beat.
+    found = {"loss": sum(weights[name] * mean for name, mean in means.items()) if means else math.nan}
     found |= {f"{prefix}accuracy": one.value() for prefix, one in right.items() if one.seen}
     return found | {f"term/{name}": mean for name, mean in means.items()}
 

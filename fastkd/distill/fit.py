@@ -84,7 +84,8 @@ def fit(
             if its order depends on torch's random state, its own ``generator``, or ``set_epoch``. One of an
             IterableDataset can go on between epochs alone, unless it has ``state_dict`` and ``load_state_dict``.
         val: A dataset or a loader, of which the loss, each term and, where logits and labels fit, the accuracy are
-            evaluated, with the weights that the terms have at that step.
+            evaluated, with the weights that the terms have at that step. Where all of these are 0, the loss is NaN,
+            which is never the best.
         epochs, steps: How long; one of the two. A step is one of the optimizer's.
         optimizer: A function of the list of parameters that learn, as ``functools.partial(torch.optim.SGD, lr=0.1)``;
             or an optimizer, made after ``distiller.prepare``. ``torch.optim.AdamW`` with its defaults if left out.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from distill_training import SGD, both, network, rows, same
 from torch.utils.data import DataLoader, IterableDataset
 
 from fastkd import kd_loss
-from fastkd.distill import Distiller, Group, Term, curves, loop
+from fastkd.distill import Distiller, Group, Stage, Term, curves, fit_chain, fit_stages, loop
 
 
 @pytest.fixture(autouse=True)
@@ -135,3 +136,23 @@ def test_runs_that_do_not_fit(tmp_path: Path) -> None:
         both().fit(rows(), epochs=1, out=tmp_path, resume="auto", batch_size=16)
     with pytest.raises(ValueError, match=r"fit: terms must be \['kd_loss', 'hint_loss/1'\], as in .*"):
         Distiller(network(4), network(8), [Term(kd_loss)]).fit(rows(), epochs=1, out=tmp_path, resume="auto")
+
+
+@pytest.mark.parametrize("runs", [fit_stages, fit_chain])
+def test_a_part_that_is_there_already_is_seen_before_the_first_one_trains(runs: Any, tmp_path: Path) -> None:
+    student, teacher, terms = network(4), network(8), [Term(kd_loss)]
+    both().fit(rows(), epochs=1, out=tmp_path / "1-student")
+    before = copy.deepcopy(student)
+    stages = student, teacher, [Stage(terms, name="hint"), Stage(terms, name="student")]
+    arguments = stages if runs is fit_stages else ([teacher, student, network(3)], terms)
+    with pytest.raises(ValueError, match=rf"^{runs.__name__}: out must hold no run \(resume=.*, got .*1-student$"):
+        runs(*arguments, rows(), epochs=1, out=tmp_path)
+    same(student, before, rtol=0, atol=0)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", " ", "a/b", "a\\b", "/tmp", "c:", "a\0b", "a\nb", 3])
+def test_names_of_stages_that_name_no_folder(name: Any) -> None:
+    with pytest.raises(ValueError, match=r"Stage: name must be the name of a folder, without / : \\, got "):
+        Stage([Term(kd_loss)], name=name)
+    assert Stage([Term(kd_loss)], name="hint 1.5_ä").name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .. import _checks
 from . import checkpoint, curves, ranks
@@ -42,7 +42,7 @@ class Records:
         if settings.resume is True and not there:
             _checks.bad_value("fit", "out", "hold a last.pt to resume from", self.folder)
         if not settings.resume and there:
-            _checks.bad_value("fit", "out", 'hold no run (resume="auto" goes on with it)', self.folder)
+            refuse_run("fit", self.folder)
         if ranks.rank() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint.clear(self.folder)
@@ -161,6 +161,10 @@ class Records:
         for name in now:
             if was.get(name) != now[name]:
                 _checks.bad_value("fit", name, f"be {was.get(name)!r}, as in the run in {self.folder}", repr(now[name]))
+
+
+def refuse_run(op: str, folder: Path) -> NoReturn:
+    _checks.bad_value(op, "out", 'hold no run (resume="auto" goes on with it)', folder)
 
 
 def _without_functions(state: dict[str, Any]) -> dict[str, Any]:

@@ -13,10 +13,13 @@ from typing import Any
 from torch import nn
 
 from .. import _checks
+from . import ranks
 from .distiller import Distiller, Given
+from .records import LAST, refuse_run
 from .result import Result
 from .term import Term
 
+SEPARATORS = frozenset("/\\:")  # on any system that the folder may be copied to
 Teachers = Given | Sequence[Given] | Mapping[str, Given] | None
 
 
@@ -48,8 +51,9 @@ class Stage:
     ) -> None:
         if isinstance(trainable, str):
             _checks.bad_type("Stage", "trainable", "be a sequence of patterns", "a string")
-        if not isinstance(name, str) or not name or "/" in name:
-            _checks.bad_value("Stage", "name", "name a folder", repr(name))
+        if not isinstance(name, str) or not name.isprintable() or not name.strip(". ") or set(name) & SEPARATORS:
+            rule = f"be the name of a folder, without {' '.join(sorted(SEPARATORS))}"
+            _checks.bad_value("Stage", "name", rule, repr(name))
         self.terms, self.trainable, self.name, self.options = terms, trainable, name, options
 
 
@@ -101,11 +105,11 @@ def fit_stages(
     for stage in stages:
         if not isinstance(stage, Stage):
             _checks.bad_type("fit_stages", "stages", "be a list of Stage", type(stage).__name__)
+    folders = _folders("fit_stages", out, [stage.name for stage in stages], resume)
     results = []
-    for number, stage in enumerate(stages):
+    for number, (stage, folder) in enumerate(zip(stages, folders, strict=True)):
         with _learning(student, stage.trainable):
             one = Distiller(student, teacher, stage.terms, **(distiller or {}))
-            folder = _folder(out, number, stage.name)
             given = {"train": train, "val": val, **options, **stage.options}
             results.append(one.fit(out=folder, resume=_resume(resume, number), **given))
     return results
@@ -138,6 +142,7 @@ def fit_chain(
     """
     if len(models) < 2:
         _checks.bad_value("fit_chain", "models", "be a teacher and one student or more", f"{len(models)} models")
+    folders = _folders("fit_chain", out, ["student"] * (len(models) - 1), resume)
     results = []
     for number, (teacher, student) in enumerate(pairwise(models)):
         if not isinstance(student, nn.Module):
@@ -148,13 +153,19 @@ def fit_chain(
         else:
             chosen = terms
         one = Distiller(student, teacher, chosen, **(distiller or {}))
-        folder = _folder(out, number, "student")
-        results.append(one.fit(train, val, out=folder, resume=_resume(resume, number), **options))
+        results.append(one.fit(train, val, out=folders[number], resume=_resume(resume, number), **options))
     return results
 
 
-def _folder(out: Any, number: int, name: str) -> Path | None:
-    return None if out is None else Path(out) / f"{number}-{name}"
+def _folders(op: str, out: Any, names: Sequence[str], resume: bool | str) -> list[Path | None]:
+    """Of each part. None of them begins if the run of one would be refused."""
+    if out is None:
+        return [None] * len(names)
+    folders = [Path(out) / f"{number}-{name}" for number, name in enumerate(names)]
+    there = ranks.from_first([folder for folder in folders if (folder / LAST).exists()])
+    if there and not resume:
+        refuse_run(op, there[0])
+    return [*folders]
 
 
 def _resume(resume: bool | str, number: int) -> bool | str:

@@ -134,6 +134,7 @@ RUNS: dict[str, Callable[[Path], list[nn.Module]]] = {
     "plain": one_run,
     "accumulated": partial(one_run, accumulate=2, clip_norm=0.5, optimizer=SGD),
     "saving every step": partial(one_run, accumulate=2, save_every=1, epochs=1),
+    "worker": partial(one_run, num_workers=1),
     "bfloat16": partial(one_run, precision="bfloat16"),
     "float16": partial(one_run, precision="float16"),
     "loader": loader,

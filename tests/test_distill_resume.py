@@ -15,6 +15,7 @@ import pytest
 pytestmark = pytest.mark.xdist_group("distill_resume")
 
 CASES = [
+    ("worker", "kill_after_steps", 7),  # first, as the worker lives on for seconds
     ("plain", "kill_after_steps", 7),
     ("plain", "kill_within_checkpoint", 1),
     ("plain", "kill_within_checkpoint", 4),

@@ -106,7 +106,8 @@ def fit(
         mode: ``"min"`` or ``"max"``.
         patience: Stop after so many evaluations that are not better than that before them by more than ``min_delta``.
         keep: Which weights the student has at the end, the ``"last"`` or the ``"best"``.
-        out: A folder for checkpoints and metrics; see :class:`Result`.
+        out: A folder for checkpoints and metrics; see :class:`Result`. A lock on it keeps a second run out until this
+            one ends, or its process however that ends. Windows, and file systems without locks, leave that to you.
         resume: ``"auto"`` goes on if ``out`` holds a run, True demands one, False refuses one. ``epochs`` or ``steps``
             may be others than before; what decides about the data may not. The optimizer's settings, as its learning
             rate, are those of the checkpoint.
@@ -119,7 +120,8 @@ def fit(
         A :class:`Result`.
 
     Raises:
-        TypeError, ValueError: a wrong argument; a run in ``out`` with other settings.
+        TypeError, ValueError: a wrong argument; a run in ``out`` with other settings, or one that is going on.
+        OSError: ``out`` cannot be written to.
         FloatingPointError: a loss or a gradient became NaN. On a CPU the optimizer has not used it; elsewhere it is
             seen at the next step that is logged, and before a checkpoint is written.
         RuntimeError: something is not installed; a loader that cannot go on where it was.

@@ -60,7 +60,7 @@ class Loop:
         self._logged = 0, 0.0  # the last step that was logged, and when
 
     def run(self) -> Result:
-        with modes.kept(self.distiller):
+        with modes.kept(self.distiller), self.records.claimed():
             batches = self.records.resume()
             modes.train(self.distiller)
             folder = self.settings.folder if ranks.rank() == 0 else None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from .. import _checks
-from . import checkpoint, curves, ranks
+from . import checkpoint, curves, lock, ranks
 from .group import terms_of
 from .random_states import get_states, set_states
 
@@ -32,19 +33,24 @@ class Records:
         self._saved: tuple[int, ...] | None = None
         self._best: dict[str, Any] | None = None  # in memory, where there is no folder
 
+    def claimed(self) -> AbstractContextManager[None]:
+        """Nobody else trains in the folder meanwhile."""
+        if self.folder is None:
+            return nullcontext()
+        if self.loop.settings.resume is True and not ranks.from_first((self.folder / LAST).exists()):
+            _checks.bad_value("fit", "out", "hold a last.pt to resume from", self.folder)
+        return lock.held(self.folder)
+
     def resume(self) -> Iterator[Any] | None:
         """Put everything back as it was. The rest of the epoch's batches, if there is one in the middle."""
-        loop, settings = self.loop, self.loop.settings
+        loop = self.loop
         if self.folder is None:
             return None
         last = self.folder / LAST
         there = ranks.from_first(last.exists())
-        if settings.resume is True and not there:
-            _checks.bad_value("fit", "out", "hold a last.pt to resume from", self.folder)
-        if not settings.resume and there:
+        if there and not loop.settings.resume:
             refuse_run("fit", self.folder)
         if ranks.rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint.clear(self.folder)
         if not there:
             return None

@@ -19,7 +19,7 @@ class Result:
         best: The best evaluation.
         folder: The ``out`` of the run, or None. In it are ``last.pt``, what the run goes on from; ``best.pt``, a dict
             of ``"student"``, its ``state_dict``, with ``"distiller"``, ``"step"`` and ``"metrics"``; ``train.csv``,
-            ``val.csv``, ``metrics.jsonl`` and ``curves.png``.
+            ``val.csv``, ``metrics.jsonl`` and ``curves.png``; and ``.lock``, which says who trains or trained last.
     """
 
     step: int

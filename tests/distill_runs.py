@@ -172,10 +172,10 @@ def kill_within_checkpoint(times: int) -> None:
     """When half of it is in the file."""
     whole, calls = torch.save, [0]
 
-    def half(state: Any, file: Any) -> None:
+    def half(state: Any, file: Any, **options: Any) -> None:
         begin = file.tell()
-        whole(state, file)
-        calls[0] += 1
+        whole(state, file, **options)
+        calls[0] += not options  # which a tensor has that is sent to another rank
         if calls[0] == times:
             file.truncate(begin + (file.tell() - begin) // 2)
             file.flush()

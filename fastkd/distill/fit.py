@@ -74,7 +74,8 @@ def fit(
     at the end.
 
     In a distributed run every process calls this with the same arguments. Gradients are averaged over the processes so
-    that a step is that of all their rows together; each evaluates for itself, and rank 0 decides and writes.
+    that a step is that of all their rows together; each evaluates for itself, and rank 0 decides and writes. In the
+    end all have its statistics of BatchNorm, too.
 
     Args:
         distiller: What computes the loss. Adapters that are missing are made from the first batch.

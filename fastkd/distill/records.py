@@ -126,8 +126,17 @@ class Records:
             best = self._best if self.folder is None else checkpoint.load(self.folder / BEST)["distiller"]
             assert best is not None
             loop.distiller.load_state_dict(best)
+        self._share_buffers()
         if self.folder is not None and ranks.rank() == 0:
             curves.draw(self.folder)
+
+    def _share_buffers(self) -> None:
+        """Statistics as BatchNorm's are those of a rank's own rows: all ranks end with what rank 0 has written."""
+        if ranks.count() > 1:
+            own = dict(self.loop.distiller.named_buffers())
+            firsts = ranks.from_first({name: buffer.cpu() for name, buffer in own.items()})
+            for name, buffer in own.items():
+                buffer.copy_(firsts[name])
 
     def _write_best(self, state: dict[str, Any]) -> None:
         assert self.folder is not None

@@ -272,6 +272,23 @@ def test_evaluation_while_no_term_counts(tmp_path: Path) -> None:
         distiller().fit(ROWS, [], epochs=1, **OPTIONS)
 
 
+def test_a_last_batch_of_one_row() -> None:
+    """BatchNorm has no statistics of it; where it needs none, it is a batch like any other."""
+    teacher, options = nn.Linear(4, 3), {**OPTIONS, "epochs": 1, "batch_size": 23}
+    flat = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r"^fit: train must give BatchNorm more than one row \(drop_last=.*, got 1$"):
+        Distiller(flat, teacher, [Term(kd_loss)]).fit(ROWS, **options)
+    assert Distiller(flat, teacher, [Term(kd_loss)]).fit(ROWS, drop_last=True, **options).step == 1
+    flat.register_forward_pre_hook(lambda _, inputs: inputs[0][:1])
+    with pytest.raises(ValueError, match=r"^Expected more than 1 value per channel"):
+        Distiller(flat, teacher, [Term(kd_loss)]).fit(ROWS, **options)
+    wide = nn.Sequential(nn.Unflatten(1, (1, 4)), nn.BatchNorm1d(1), nn.Flatten(), nn.Linear(4, 3))
+    assert Distiller(wide, teacher, [Term(kd_loss)]).fit(ROWS, **options).step == 2
+    single = nn.Sequential(nn.Unflatten(1, (4, 1)), nn.InstanceNorm1d(4), nn.Flatten(), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r"^Expected more than 1 spatial element"):
+        Distiller(single, teacher, [Term(kd_loss)]).fit(ROWS, **{**options, "batch_size": 1})
+
+
 def test_nobody_is_told_that_weights_are_the_best_where_none_were() -> None:
     with pytest.warns(UserWarning, match="score was NaN in every evaluation, so none was the best: the student keeps"):
         result = distiller().fit(ROWS, epochs=2, evaluate={"score": lambda _: math.nan}, keep="best", **OPTIONS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from .. import _checks
 from . import modes, ranks
 from .accumulation import rows_of, scales
 from .bar import Bar
@@ -128,7 +129,7 @@ class Loop:
         parts: dict[str, Tensor] = {}
         for index, (batch, scale) in enumerate(zip(batches, scales(self.distiller, batches, self.device), strict=True)):
             with self._synchronised(index == len(batches) - 1):
-                with self.precision.autocast():
+                with self.precision.autocast(), _said_of_one_row(batch):
                     one, of_terms = self.model(batch, normalizer=scale.normalizer, share=scale.share)
                 self.precision.backward(one)
             loss = one.detach() if loss is None else loss + one.detach()
@@ -230,6 +231,18 @@ class Loop:
         if better:
             self.records.keep_best()
         self._logged = self._logged[0], self._logged[1] + time.perf_counter() - started
+
+
+@contextmanager
+def _said_of_one_row(batch: Any) -> Iterator[None]:
+    """What to do where torch knows only that BatchNorm has one value: it is an epoch's last batch mostly."""
+    try:
+        yield
+    except ValueError as error:
+        if rows_of(batch) == 1 and "more than 1 value per channel" in str(error):
+            rule = "give BatchNorm more than one row (drop_last=True leaves out a small last batch)"
+            _checks.bad_value("fit", "train", rule, 1)
+        raise
 
 
 def _due(every: int | None, step: int) -> bool:

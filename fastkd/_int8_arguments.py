@@ -43,8 +43,10 @@ def by_channel(op: str, argument: str, value: Any, of: Tensor, dtype: torch.dtyp
         bad_value(op, argument, f"have one number for each of {of.shape[0]} channels", f"shape {tuple(value.shape)}")
     on_device(op, argument, value, of)
     numbers: Tensor = value if value.dtype is dtype else value.to(dtype)
-    # Asking takes a fraction of the time that a call which changes nothing takes.
-    return numbers.contiguous().resolve_neg() if numbers.is_neg() or not numbers.is_contiguous() else numbers
+    # Asking takes a fraction of the time that a call which changes nothing takes. What is compiled cannot ask.
+    if torch.compiler.is_compiling() or numbers.is_neg() or not numbers.is_contiguous():
+        numbers = numbers.contiguous().resolve_neg()
+    return numbers
 
 
 def input_scale(op: str, value: Any, of: Tensor, dtype: torch.dtype) -> Tensor:

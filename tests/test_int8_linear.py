@@ -12,9 +12,9 @@ from torch import Tensor
 from fastkd.testing import assert_as_exact_as_fp32
 
 IMPLEMENTATIONS = ("reference", "native")
-ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 63, 64, 65, 130)
-TERMS = (1, 2, 3, 4, 5, 7, 8, 31, 64, 65, 130)
-COLUMNS = (1, 3, 8, 15, 16, 17, 31, 33, 48, 49, 80, 97)
+ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 13, 17, 63, 64, 65, 130)
+TERMS = (1, 2, 3, 4, 5, 7, 8, 31, 64, 65, 130, 257, 300)  # long sums lie in other blocks than short ones
+COLUMNS = (1, 3, 8, 15, 16, 17, 31, 33, 48, 49, 64, 80, 97, 129, 200)
 
 
 def strided(rows: int, terms: int, dtype: torch.dtype, dice: random.Random) -> Tensor:
@@ -25,7 +25,7 @@ def strided(rows: int, terms: int, dtype: torch.dtype, dice: random.Random) -> T
     return flat(rows, terms + (5 if layout == "gap" else 0), seed=rows, dtype=dtype)[:, :terms]
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(80))
 def test_any_shape_has_the_bits_of_the_formula(impl: str, seed: int) -> None:
     dice = random.Random(seed)
     rows, terms, columns = dice.choice(ROWS), dice.choice(TERMS), dice.choice(COLUMNS)
@@ -71,6 +71,22 @@ def test_a_half_is_rounded_to_even(impl: str) -> None:
     got = int8.linear(x.T.contiguous(), torch.ones(1, 1, dtype=torch.int8), torch.ones(1),
                       input_scale=torch.tensor(1.0), impl=impl)  # fmt: skip
     assert got.flatten().tolist() == [0, 2, 2, 0, -2, 127, 127, -127]
+
+
+@pytest.mark.parametrize("own_step", [True, False])
+@pytest.mark.parametrize("size", [1.0, 2.0**-59, 2.0**-61, 1e-36, 2.0**59, 2.0**61, 1e34])
+def test_numbers_are_those_of_a_division(impl: str, size: float, own_step: bool) -> None:
+    """Halves of a step and the floats next to them: the last bit of the quotient decides where they go."""
+    generator = torch.Generator().manual_seed(0)
+    steps = (torch.rand(40, 1, generator=generator) + 0.5) * size
+    halves = ((torch.arange(-127, 127) + 0.5) * steps).float()
+    below, above = (torch.nextafter(halves, torch.tensor(end)) for end in (-torch.inf, torch.inf))
+    x = torch.cat([127 * steps, halves, below, above], 1)
+    rows = [x] if own_step else x.split(1)
+    for one, step in zip(rows, [None] if own_step else steps.flatten(), strict=True):
+        w, given = torch.eye(one.shape[1], dtype=torch.int8), None if step is None else float(step)
+        got = int8.linear(one, w, torch.ones(len(w)), input_scale=step, impl=impl)
+        assert_same_bits(got, linear(one, w, torch.ones(len(w)), None, given, None))
 
 
 def test_within_two_ulp_of_the_exact_number(impl: str) -> None:

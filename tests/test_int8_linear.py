@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
+from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from int8_problems import ACTIVATIONS, DTYPES, assert_same_bits, flat, int8, linear, scales, sharp, weights
@@ -87,6 +91,30 @@ def test_numbers_are_those_of_a_division(impl: str, size: float, own_step: bool)
         w, given = torch.eye(one.shape[1], dtype=torch.int8), None if step is None else float(step)
         got = int8.linear(one, w, torch.ones(len(w)), input_scale=step, impl=impl)
         assert_same_bits(got, linear(one, w, torch.ones(len(w)), None, given, None))
+
+
+def nearest_quotients() -> Iterator[tuple[float, float]]:
+    """Floats whose quotient is as near as can be to where another number begins: just beside a half, between two floats.
+
+    With integers ``x`` and ``step`` of 24 bits, ``2**shift * x = step * middle + rest`` for a middle of 25 or 26 bits.
+    """
+    for half, shift, rest, side in itertools.product(range(127), (24, 25, 26), range(-8, 9), (-1, 1)):
+        fine = half == 0 and side < 0  # floats lie closer below a power of two
+        middle = int(math.frexp(half + 0.5)[0] * 2 ** (26 if fine else 25)) + side
+        step = -rest * pow(middle, -1, 2**shift) % 2**shift
+        x, nothing = divmod(step * middle + rest, 2**shift)
+        if 2**23 <= step < 2**24 and 2**23 <= x < 2**24:
+            assert nothing == 0
+            yield float(x), math.ldexp(step, -round(math.log2((half + 0.5) * step / x)))
+
+
+def test_the_quotients_that_come_nearest_to_a_half(impl: str) -> None:
+    w, one = torch.ones(1, 1, dtype=torch.int8), torch.ones(1)
+    pairs = list(nearest_quotients())
+    assert len(pairs) > 1000
+    for x, step in pairs:
+        got = int8.linear(torch.tensor([[x]]), w, one, input_scale=torch.tensor(step), impl=impl)
+        assert float(got) == np.rint(np.float32(x) / np.float32(step)) * np.float32(step), (x, step)
 
 
 def test_within_two_ulp_of_the_exact_number(impl: str) -> None:

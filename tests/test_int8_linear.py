@@ -94,7 +94,7 @@ def test_numbers_are_those_of_a_division(impl: str, size: float, own_step: bool)
 
 
 def nearest_quotients() -> Iterator[tuple[float, float]]:
-    """Floats whose quotient is as near as can be to where another number begins: just beside a half, between two floats.
+    """Floats whose quotient is as near as can be to where another number begins: beside a half, between two floats.
 
     With integers ``x`` and ``step`` of 24 bits, ``2**shift * x = step * middle + rest`` for a middle of 25 or 26 bits.
     """

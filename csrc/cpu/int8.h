@@ -16,6 +16,7 @@ enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu };
 
 constexpr int kMostColumns = 64;  // of a block
 constexpr int kMostRows = 8;      // of a product
+constexpr int kTogether = 2;      // panels whose words lie together
 constexpr int kLevels = 127;      // on each side of zero
 
 struct Int8Layout {
@@ -39,6 +40,7 @@ struct Int8Rows {
     const char* at[kMostRows];
     const Run* runs;
     int64_t count;   // of runs
+    int64_t words;   // of all of them
     const char* ahead;  // what will be read next: of each word of these rows a line of it is fetched into the cache
 };
 

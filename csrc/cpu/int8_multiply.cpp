@@ -50,7 +50,7 @@ class Strip {
         const char* line = numbers + begin / g_.width * g_.line_stride;
         int64_t x = begin % g_.width, left = end - begin;
         const int64_t most = left > p_.layout.rows ? p_.layout.rows_of(panels) : p_.layout.rows;
-        Int8Rows a{{}, runs.data(), static_cast<int64_t>(runs.size()), nullptr};
+        Int8Rows a{{}, runs.data(), static_cast<int64_t>(runs.size()), words, nullptr};
         for (int64_t tiles = (left + most - 1) / most; tiles > 0; --tiles) {  // as alike as can be
             const int rows = static_cast<int>((left + tiles - 1) / tiles);
             for (int r = 0; r < rows; ++r) {

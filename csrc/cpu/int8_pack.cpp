@@ -9,10 +9,8 @@
 namespace fastkd {
 namespace {
 
-// One block of one part: what the sums begin with, then the words.
-void pack_block(const Packing& p, int64_t group, int64_t part, int64_t block, const int8_t* weight, char* out) {
-    const int64_t first = p.first_panel(block) * p.layout.lanes;
-    const int64_t width = p.first_panel(block + 1) * p.layout.lanes - first;
+// Some columns of one part, from `first` on: what the sums begin with, then the words.
+void pack_piece(const Packing& p, int64_t group, int64_t part, int64_t first, int64_t width, const int8_t* weight, char* out) {
     const int64_t size = p.layout.group, terms = p.shape.terms, taps = p.shape.taps;
     const int64_t begin = part * p.part_words, count = p.words_of(part);
     char* words = out + width * sizeof(int32_t);
@@ -41,7 +39,13 @@ void int8_pack(const Packing& p, const int8_t* weight, char* packed, int threads
     for_each_chunk(blocks, numbers, threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t group = i / (p.parts * p.blocks), part = i / p.blocks % p.parts, block = i % p.blocks;
-            pack_block(p, group, part, block, weight, packed + p.offset(group, part, block));
+            const int64_t end = p.first_panel(block + 1), bytes = p.layout.lanes * (4 + p.words_of(part) * p.layout.group);
+            char* out = packed + p.offset(group, part, block);
+            for (int64_t panel = p.first_panel(block); panel < end; panel += p.together) {
+                const int64_t count = std::min(p.together, end - panel);
+                pack_piece(p, group, part, panel * p.layout.lanes, count * p.layout.lanes, weight, out);
+                out += count * bytes;
+            }
         }
     });
 }

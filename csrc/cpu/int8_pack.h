@@ -1,7 +1,7 @@
 // The weights of an int8 layer in the order that the products read them in (int8.h).
 //
 // A group of a convolution after the other; within it parts of at most kMostTerms numbers of a sum, which 32 bits can hold;
-// within these blocks of panels, as alike in width as can be.
+// within these blocks of panels, as alike in width as can be; within these pieces of `together` panels.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -28,9 +28,10 @@ class Packing {
           layout{of.lanes, of.panels, of.rows, of.sums, depthwise ? 4 : of.group, of.zero},
           columns(shape.groups ? shape.channels / shape.groups : 0),
           panels((columns + layout.lanes - 1) / layout.lanes),
+          blocks((panels + layout.panels - 1) / layout.panels),
+          together(depthwise ? layout.panels : kTogether),
           tap_words((shape.terms + layout.group - 1) / layout.group),
           words(tap_words * shape.taps),
-          blocks(panels == 0 ? 0 : (panels + widest() - 1) / widest()),
           part_words(kMostTerms / layout.group),
           parts(std::max<int64_t>(1, (words + part_words - 1) / part_words)) {}
 
@@ -49,18 +50,11 @@ class Packing {
     const Int8Shape shape;
     const Int8Layout layout;
     const int64_t columns;  // of a group
-    const int64_t panels;
+    const int64_t panels, blocks, together;
     const int64_t tap_words, words;  // of a group's row
-    const int64_t blocks;
     const int64_t part_words, parts;
 
   private:
-    // Panels of a block. Where sums are long, only as many as leave registers for all rows of a tile: few rows are then
-    // one tile, and weights are read once. Where they are short the output takes the time, which is written a block at a time.
-    int64_t widest() const {
-        constexpr int64_t kShort = 64;  // words
-        return words > kShort ? std::min<int64_t>(layout.panels, layout.sums / layout.rows) : layout.panels;
-    }
     int64_t bytes_of_panel(int64_t words) const { return layout.lanes * (4 + words * layout.group); }
     int64_t bytes_of_group() const {
         return panels * ((parts - 1) * bytes_of_panel(part_words) + bytes_of_panel(words_of(parts - 1)));

@@ -54,13 +54,18 @@ FASTKD_INLINE vi broadcast_word(const char* p) {
     return word - vi{};
 }
 
-// Of the panels of a block those that a tile computes.
+// Panels of a block, and where their sums go.
 struct Int8Panels {
-    const char *starts, *words;  // of the first of them
-    int64_t step;                // bytes from word to word
+    const char* pieces[2];  // of kTogether panels: what the sums begin with, then the words
     char* sums;
-    int64_t pitch;  // bytes
+    int64_t pitch;          // bytes
 };
+
+// The words of panel p, of so many in all; and how many bytes the next word is from there.
+template <int panels>
+FASTKD_INLINE constexpr int64_t word_step(int p) {
+    return (panels - p / kTogether * kTogether < kTogether ? 1 : kTogether) * kWordBytes;
+}
 
 struct ProductTile {
     template <int rows, int panels>
@@ -70,11 +75,17 @@ struct ProductTile {
 // Not inlined: within a larger function gcc 12 keeps the sums in memory, at half the speed.
 template <int rows, int panels>
 __attribute__((noinline)) void ProductTile::compute(const Int8Rows& a, const Int8Panels& b) {
+    const char* weights[panels];
     vi sums[rows * panels];
+#pragma GCC unroll 4
+    for (int p = 0; p < panels; ++p) {
+        const char* piece = b.pieces[p / kTogether];
+        __builtin_memcpy(&sums[p], piece + p % kTogether * sizeof(vi), sizeof(vi));
+        weights[p] = piece + word_step<panels>(p) / kWordBytes * sizeof(vi) + p % kTogether * kWordBytes;
+    }
 #pragma GCC unroll 24
-    for (int i = 0; i < rows * panels; ++i) __builtin_memcpy(&sums[i], b.starts + i % panels * sizeof(vi), sizeof(vi));
-    const char *weights = b.words, *ahead = a.ahead;
-    const int64_t step = b.step;
+    for (int i = panels; i < rows * panels; ++i) sums[i] = sums[i % panels];
+    const char* ahead = a.ahead;
     for (const Run* run = a.runs; run < a.runs + a.count; ++run) {
         const char* at[rows];
 #pragma GCC unroll 8
@@ -82,14 +93,13 @@ __attribute__((noinline)) void ProductTile::compute(const Int8Rows& a, const Int
         for (int64_t word = 0; word < run->words; ++word) {
             vi w[panels];
 #pragma GCC unroll 4
-            for (int p = 0; p < panels; ++p) w[p] = load_weights(weights + p * kWordBytes);
+            for (int p = 0; p < panels; ++p) w[p] = load_weights(weights[p]), weights[p] += word_step<panels>(p);
             __builtin_prefetch(ahead, 0, 2);
             ahead += 64;
 #pragma GCC unroll 24
             for (int i = 0; i < rows * panels; ++i) {
                 sums[i] = add_products(sums[i], broadcast_word(at[i / panels] + 4 * word), w[i % panels]);
             }
-            weights += step;
         }
     }
 #pragma GCC unroll 24
@@ -98,17 +108,16 @@ __attribute__((noinline)) void ProductTile::compute(const Int8Rows& a, const Int
     }
 }
 
-// As many panels at a time as the registers hold, and as alike in number as can be: with rows that fit none of the weights
-// is read twice.
+// As many panels at a time as the registers hold, in whole pieces: none of the weights is read twice.
 template <class Tile, int rows>
 FASTKD_INLINE void products_of_rows(const Int8Rows& a, int panels, const char* block, void* sums) {
     constexpr int kMost = kSums / rows < kPanels ? kSums / rows : kPanels;
-    const int64_t step = panels * kWordBytes;
-    for (int first = 0, passes = (panels + kMost - 1) / kMost; passes > 0; --passes) {
-        const int count = (panels - first + passes - 1) / passes;
-        const char* words = block + panels * sizeof(vi) + first * kWordBytes;
+    const int64_t panel_bytes = sizeof(vi) + a.words * kWordBytes;
+    for (int first = 0; first < panels;) {
+        const int left = panels - first, count = left <= kMost ? left : kTogether;
+        const char* piece = block + first * panel_bytes;
         char* to = static_cast<char*>(sums) + first * sizeof(vi);
-        const Int8Panels b{block + first * sizeof(vi), words, step, to, static_cast<int64_t>(panels * sizeof(vi))};
+        const Int8Panels b{{piece, piece + kTogether * panel_bytes}, to, static_cast<int64_t>(panels * sizeof(vi))};
         switch (count) {
             case 1: Tile::template compute<rows, 1>(a, b); break;
             case 2: Tile::template compute<rows, 2>(a, b); break;

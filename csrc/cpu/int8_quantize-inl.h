@@ -118,7 +118,8 @@ template <Dtype dtype, bool bounded>
 FASTKD_INLINE uint32_t quantize(const void* x, int64_t n, float step, void* numbers) {
     const Divisor by = divisor(step);
     Number* out = static_cast<Number*>(numbers);
-    return by.corrected ? quantize<dtype, true, bounded>(x, n, by, out) : quantize<dtype, false, bounded>(x, n, by, out);
+    // Where steps are denormal, a row's own is only roughly a 127th of its largest number.
+    return by.corrected ? quantize<dtype, true, bounded>(x, n, by, out) : quantize<dtype, false, false>(x, n, by, out);
 }
 
 template <bool bounded>

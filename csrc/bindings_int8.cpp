@@ -17,7 +17,7 @@ namespace {
 Packing packing(Numbers& numbers) {
     Int8Shape shape;
     shape.channels = numbers.integer(), shape.terms = numbers.integer();
-    shape.taps = numbers.integer(), shape.groups = numbers.integer();
+    shape.taps = numbers.integer(), shape.groups = numbers.integer(), shape.width = numbers.integer();
     Numbers::check();
     return Packing(shape, active_instruction_set().int8.layout);
 }

@@ -242,7 +242,7 @@ def test_many_threads_at_once() -> None:
 SCRIPT = """
 import array, importlib.util as u, sys
 spec = u.spec_from_file_location("_C", sys.argv[1]); C = u.module_from_spec(spec); spec.loader.exec_module(C)
-rows, terms, columns, shape = 5, 37, 50, (50, 37, 1, 1)
+rows, terms, columns, shape = 5, 37, 50, (50, 37, 1, 1, 1)
 address = lambda a: a.buffer_info()[0]
 x = array.array("f", [((i * 7919) % 1009 - 500) / 97 for i in range(rows * terms)])
 w = array.array("b", [(i * 104729) % 256 - 128 for i in range(columns * terms)])

@@ -14,10 +14,12 @@ namespace fastkd {
 
 enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu };
 
-constexpr int kMostColumns = 64;  // of a block
-constexpr int kMostRows = 8;      // of a product
-constexpr int kTogether = 2;      // panels whose words lie together
-constexpr int kLevels = 127;      // on each side of zero
+constexpr int kMostColumns = 64;                 // of a block
+constexpr int kMostRows = 8;                     // of a product
+constexpr int kTogether = 2;                     // panels whose words lie together
+constexpr int kPixelChannels = 64;               // of pixels, each channel convolved by itself, at a time
+constexpr int kPixelWords = 4 * kPixelChannels;  // bytes of a word of each
+constexpr int kLevels = 127;                     // on each side of zero
 
 struct Int8Layout {
     int lanes;   // columns of a panel
@@ -75,6 +77,34 @@ struct Int8Planes {
     bool bounded;                     // as below: then nothing is returned
 };
 
+// Planes, or some lines of each, that are convolved by themselves: int8_planes-inl.h.
+struct Int8Convolved {
+    const void* numbers;           // quantised
+    int64_t planes, lines, width;  // of these
+    int64_t above, needed;         // lines of padding before them, and lines in all that the output needs
+    int64_t padding, pitch;        // numbers before a line, and from one line to the next
+    int64_t kernel[2], stride[2], dilation[2], output[2];
+    int64_t words;                 // that hold a line of the kernel
+    const int8_t* weights;         // of each plane, a line of the kernel after the other
+    const int32_t* starts;         // what the sums of each plane begin with
+    // Memory: for the planes with their padding, the words of one, those of a kernel and where they belong, and the sums of
+    // one plane.
+    void* padded;
+    int32_t *expanded, *taps, *spread;
+    int64_t* offsets;
+    int32_t* sums;                 // without gaps, and a vector more
+};
+
+// Pixels of a line of the output, channels innermost, of which each is convolved by itself: int8_pixels-inl.h.
+struct Int8Pixels {
+    const char* numbers;       // of the first tap of the first pixel
+    int64_t pixel, tap, line;  // bytes to the next pixel, the next tap and the next line of taps
+    int64_t kernel[2];
+    int64_t count;
+    const char* weights;       // int8_pack.h
+    int32_t* sums;             // kPixelChannels of each pixel; of up to three more for nothing
+};
+
 struct Int8Kernels {
     Int8Layout layout;
     // The bits of the largest |x|, as a float: those of a NaN are above infinity's.
@@ -91,6 +121,8 @@ struct Int8Kernels {
     void (*finish)(const Int8Lines&);
     // As products, where each channel has its own column: a row's words are its taps, and of each the first bytes count.
     void (*depthwise_products)(const Int8Rows&, int rows, int panels, const char* block, int32_t* sums);
+    void (*plane_products)(const Int8Convolved&);
+    void (*pixel_products)(const Int8Pixels&);  // null, unless words have four numbers
     // Rows of floats, `group` of them in the place of a word.
     void (*float_products)(const Int8Rows&, int rows, int panels, const char* block, float* sums);
     void (*widen)(const void* x, Dtype, int64_t n, float* out);

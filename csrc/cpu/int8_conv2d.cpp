@@ -1,6 +1,8 @@
 #include <vector>
 
-#include "int8_layers.h"
+#include "int8_depthwise_pixels.h"
+#include "int8_depthwise_planes.h"
+#include "int8_image_steps.h"
 #include "int8_multiply.h"
 #include "int8_steps.h"
 #include "isa.h"
@@ -10,8 +12,9 @@
 namespace fastkd {
 namespace {
 
-constexpr int64_t kLines = 8;  // that are quantised at a time: of planes, the longer the runs the better
-constexpr int64_t kImages = 2 << 20;  // bytes of numbers at a time: what is read twice is still in a cache the second time
+constexpr int64_t kLines = 8;                // that are quantised at a time: of planes, the longer the runs the better
+constexpr int64_t kImages = 2 << 20;         // bytes of numbers at a time: what is read twice is still in a cache the second time
+constexpr int64_t kFewImages = kImages / 8;  // where little is done with them: what they are made of is also read twice
 
 // How the channels of a pixel are laid out: groups of so many, each filled up to whole words.
 struct Channels {
@@ -33,15 +36,16 @@ class Quantised {
           height(i.height + 2 * i.padding[0]), width(i.width + 2 * i.padding[1]),
           pixel_bytes(channels_.groups * channels_.words * 4), line_bytes(width * pixel_bytes),
           image_bytes(height * line_bytes),
-          room(std::max<int64_t>(1, std::min(i.count, kImages / std::max<int64_t>(1, image_bytes)))),
-          numbers(room * image_bytes + kLine),  // a vector that begins in the last pixel may end behind it
+          room(std::max<int64_t>(1, std::min(i.count, (p.depthwise ? kFewImages : kImages) / std::max<int64_t>(1, image_bytes)))),
+          taps{{i.kernel[0], i.kernel[1]}, i.dilation[0] * line_bytes, (i.kernel[1] > 1 ? i.dilation[1] : 1) * pixel_bytes},
+          numbers(room * image_bytes + bytes_behind(taps)),
           steps(room), bands_((height + kLines - 1) / kLines), largest_(room * bands_) {}
 
     void fill(int64_t first, int64_t count) {
         if (l_.given) {
             std::fill(steps.begin(), steps.end(), *l_.given);
         } else {
-            find_steps(first, count);
+            find_image_steps(l_, channels_.count() * i_.height * i_.width, first, count, steps.data());
         }
         for_each_chunk(count * bands_, channels_.count() * i_.width * kLines, l_.threads, [&](int64_t begin, int64_t end) {
             std::vector<char> line(i_.width * channels_.count() * kernels_.layout.bytes() + 4);
@@ -51,7 +55,7 @@ class Quantised {
             }
         });
         if (!l_.given) return;
-        for (int64_t i = 0; i < count; ++i) steps[i] = step_of(largest(largest_.data() + i * bands_, bands_), l_.given);
+        for (int64_t i = 0; i < count; ++i) steps[i] = step_of(largest_of(largest_.data() + i * bands_, bands_), l_.given);
     }
 
   private:
@@ -64,6 +68,7 @@ class Quantised {
     const int64_t height, width;
     const int64_t pixel_bytes, line_bytes, image_bytes;
     const int64_t room;  // images at a time
+    const Int8Taps taps;
     const Scratch numbers;
     std::vector<float> steps;
 
@@ -72,24 +77,6 @@ class Quantised {
     std::vector<uint32_t> largest_;  // of each band
 
     const char* input(int64_t number) const { return static_cast<const char*>(l_.input) + number * element_size(l_.dtype); }
-
-    static uint32_t largest(const uint32_t* bits, int64_t count) {
-        return count ? *std::max_element(bits, bits + count) : 0;
-    }
-
-    void find_steps(int64_t first, int64_t count) {
-        constexpr int64_t kPiece = 16384;
-        const int64_t size = channels_.count() * i_.height * i_.width, pieces = (size + kPiece - 1) / kPiece;
-        std::vector<uint32_t> found(count * pieces);
-        for_each_chunk(count * pieces, kPiece, l_.threads, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin; i < end; ++i) {
-                const int64_t from = i % pieces * kPiece;
-                const char* x = input((first + i / pieces) * size + from);
-                found[i] = kernels_.largest(x, l_.dtype, std::min(kPiece, size - from));
-            }
-        });
-        for (int64_t i = 0; i < count; ++i) steps[i] = step_of(largest(found.data() + i * pieces, pieces), nullptr);
-    }
 
     // Some lines of the padded image.
     uint32_t fill_band(int64_t image, int64_t band, float step, char* line, char* out) const {
@@ -126,12 +113,19 @@ class Quantised {
         return most;
     }
 
+    // The largest magnitude only where the step was known before it.
+    uint32_t quantize(const char* x, int64_t count, float step, char* out) const {
+        if (l_.given || step < kCoarse) return kernels_.quantize(x, l_.dtype, count, step, out);
+        kernels_.quantize_bounded(x, l_.dtype, count, step, out);
+        return 0;
+    }
+
     uint32_t fill_from_pixels(int64_t image, int64_t y, float step, char* line, char* out) const {
         const int64_t count = i_.width * channels_.count();
         const char* x = input((image * i_.height + y) * count);
         const int64_t taken = channels_.terms * kernels_.layout.bytes(), given = channels_.words * 4;
-        if (taken == given) return kernels_.quantize(x, l_.dtype, count, step, out);
-        const uint32_t most = kernels_.quantize(x, l_.dtype, count, step, line);
+        if (taken == given) return quantize(x, count, step, out);
+        const uint32_t most = quantize(x, count, step, line);
         // Whole words, which end with the next pixel's first numbers: their weights are 0.
         for (int64_t i = 0; i < i_.width * channels_.groups; ++i) {
             if (given == 4) {
@@ -144,14 +138,12 @@ class Quantised {
     }
 };
 
-std::vector<Run> taps_of(const Int8Images& i, const Quantised& q, const Packing& p) {
-    std::vector<Run> taps;
-    for (int64_t y = 0; y < i.kernel[0]; ++y) {
-        for (int64_t x = 0; x < i.kernel[1]; ++x) {
-            taps.push_back({y * i.dilation[0] * q.line_bytes + x * i.dilation[1] * q.pixel_bytes, p.tap_words});
-        }
+std::vector<Run> runs_of(const Int8Taps& taps, const Packing& p) {
+    std::vector<Run> runs;
+    for (int64_t y = 0; y < taps.kernel[0]; ++y) {
+        for (int64_t x = 0; x < taps.kernel[1]; ++x) runs.push_back({y * taps.line + x * taps.tap, p.tap_words});
     }
-    return taps;
+    return runs;
 }
 
 }  // namespace
@@ -161,10 +153,11 @@ void int8_conv2d(const Int8Layer& l, const Int8Images& i, const Packing& p) {
     const int64_t pixels = height * width, size = p.shape.channels * pixels * element_size(l.dtype);
     if (i.count * size == 0) return;
     prefer_huge_pages(l.output, i.count * size);
+    if (p.depthwise && i.planes && p.parts == 1) return int8_depthwise_planes(l, i, p);
     Quantised q(l, i, p);
     Int8Grid grid{q.numbers.data(),       p.depthwise ? Int8Grid::depthwise : Int8Grid::words, 0, height, width,
                   q.image_bytes,          i.stride[0] * q.line_bytes,
-                  i.stride[1] * q.pixel_bytes, p.tap_words * 4, parts_of(taps_of(i, q, p), p, 4)};
+                  i.stride[1] * q.pixel_bytes, p.tap_words * 4, parts_of(runs_of(q.taps, p), p, 4)};
     const char* residual = static_cast<const char*>(l.residual);
     for (int64_t first = 0; first < i.count; first += q.room) {
         grid.images = std::min(q.room, i.count - first);
@@ -173,7 +166,11 @@ void int8_conv2d(const Int8Layer& l, const Int8Images& i, const Packing& p) {
         const Int8Epilogue epilogue{l.scale, l.bias, q.steps.data(), false, residual ? residual + first * size : nullptr,
                                     static_cast<char*>(l.output) + first * size, stride, stride, i.planes, l.dtype,
                                     l.activation};
-        int8_multiply(grid, p, l.packed, epilogue, l.threads);
+        if (p.depthwise && p.four && p.parts == 1) {
+            int8_depthwise_pixels(grid, q.taps, p, l.packed, epilogue, l.threads);
+        } else {
+            int8_multiply(grid, p, l.packed, epilogue, l.threads);
+        }
     }
 }
 

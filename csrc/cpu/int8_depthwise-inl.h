@@ -1,5 +1,6 @@
-// Convolutions of each channel by itself: lanes are channels, and of a word of weights the first byte is one. Included by one unit for
-// each instruction set.
+// Convolutions of each channel by itself, channels innermost, where words have two numbers, and of kernels that are too
+// large for one part (int8_pack.h): lanes are channels, and of a word of weights the first byte is one. Included by one unit
+// for each instruction set.
 #pragma once
 #include "int8_products-inl.h"
 
@@ -10,18 +11,12 @@ namespace {
 FASTKD_INLINE vi load_numbers(const char* p) {
     vn x;
     __builtin_memcpy(&x, p, sizeof x);
-#if defined(__AVX512VNNI__)
-    return (vi)_mm512_cvtepu8_epi32((__m128i)x);  // in one step
-#else
     return widened(x);
-#endif
 }
 
 // Of numbers that 16 bits hold: the other halves are 0, or the sign, times 0.
 FASTKD_INLINE vi add_each(vi sums, vi numbers, vi weights) {
-#if defined(__AVX512VNNI__)
-    return (vi)_mm512_dpwssd_epi32((__m512i)sums, (__m512i)numbers, (__m512i)weights);
-#elif defined(__x86_64__)
+#if defined(__x86_64__)
     return add_products(sums, numbers, weights);
 #else
     return sums + numbers * (weights << 16 >> 16);

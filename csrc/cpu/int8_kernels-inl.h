@@ -2,6 +2,8 @@
 #pragma once
 #include "int8_depthwise-inl.h"
 #include "int8_float-inl.h"
+#include "int8_pixels-inl.h"
+#include "int8_planes-inl.h"
 
 namespace fastkd {
 namespace {
@@ -16,6 +18,8 @@ constexpr Int8Kernels int8_kernels = {
     int8_transpose,
     int8_finish,
     int8_depthwise_products,
+    int8_plane_products,
+    int8_pixel_products,
     int8_float_products,
     int8_widen,
     int8_dequantize,

@@ -26,7 +26,7 @@ def forward(
 ) -> Tensor:
     batch, _, height, width = input.shape
     count, terms, *kernel = weight.shape
-    shape = (count, terms, kernel[0] * kernel[1], window.groups)
+    shape = (count, terms, kernel[0] * kernel[1], window.groups, kernel[1])
     size, form = window.output_size((height, width), (kernel[0], kernel[1])), memory_format(input)
     output = torch.empty((batch, count, *size), dtype=input.dtype, device=CPU, memory_format=form)
     numbers = layer(input, packed(weight, shape), scale, bias, input_scale, residual, output, activation)

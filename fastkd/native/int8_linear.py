@@ -29,7 +29,7 @@ def forward(
         return _int8_cuda.linear(input, weight, scale, bias, input_scale, residual, activation)
     rows, terms = input.shape
     count = weight.shape[0]
-    shape = (count, terms, 1, 1)
+    shape = (count, terms, 1, 1, 1)
     output = torch.empty(rows, count, dtype=input.dtype, device=CPU)
     panels = packed(weight, shape)
     numbers = layer(input, panels, scale, bias, input_scale, residual, output, activation)

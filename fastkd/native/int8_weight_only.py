@@ -18,7 +18,7 @@ def forward(
 ) -> Tensor:
     rows, terms = input.shape
     count = weight.shape[0]
-    shape = (count, terms, 1, 1)
+    shape = (count, terms, 1, 1, 1)
     output = torch.empty(rows, count, dtype=input.dtype, device=CPU)
     numbers = layer(input, packed(weight, shape), scale, bias, None, residual, output, activation)
     _C.int8_weight_only(shape, (*numbers, rows, input.stride(0), count if residual is None else residual.stride(0)))

@@ -1,0 +1,80 @@
+#include "int8_depthwise_pixels.h"
+
+#include "int8_steps.h"
+#include "isa.h"
+#include "threads.h"
+
+namespace fastkd {
+namespace {
+
+constexpr int64_t kStrip = 64;  // pixels
+
+struct alignas(64) Stage {
+    int32_t sums[(kStrip + 3) * kPixelChannels];  // the last few may be for nothing
+};
+
+class Strip {
+  public:
+    Strip(const Int8Grid& g, const Int8Taps& t, const Packing& p, const char* packed, const Int8Epilogue& e)
+        : g_(g), p_(p), packed_(packed), e_(e), kernels_(active_instruction_set().int8) {
+        all_.pixel = g.pixel_stride, all_.tap = t.tap, all_.line = t.line;
+        std::copy_n(t.kernel, 2, all_.kernel);
+    }
+
+    // Output pixels from `begin` to `end` of an image, and channels from 64 * `block` on.
+    void compute(int64_t image, int64_t begin, int64_t end, int64_t block) {
+        Int8Pixels pixels = all_;
+        pixels.weights = packed_ + p_.pixel_words(block);
+        const char* numbers = g_.numbers + image * g_.image_stride + block * kPixelChannels;
+        for (int64_t pixel = begin; pixel < end; pixel += pixels.count) {
+            const int64_t y = pixel / g_.width, x = pixel % g_.width;
+            pixels.numbers = numbers + y * g_.line_stride + x * g_.pixel_stride;
+            pixels.count = std::min(g_.width - x, end - pixel);
+            pixels.sums = stage_.sums + (pixel - begin) * kPixelChannels;
+            kernels_.pixel_products(pixels);
+        }
+        finish(image, begin, end, block * kPixelChannels);
+    }
+
+  private:
+    void finish(int64_t image, int64_t begin, int64_t end, int64_t channel) const {
+        const int64_t first = image * g_.height * g_.width + begin, size = element_size(e_.dtype);
+        Int8Lines l;
+        l.sums = stage_.sums, l.floats = false, l.pitch = kPixelChannels, l.lines = end - begin;
+        l.columns = std::min<int64_t>(kPixelChannels, p_.shape.channels - channel), l.channels_are_lines = false;
+        l.scale = e_.scale + channel, l.bias = e_.bias ? e_.bias + channel : nullptr;
+        l.steps = e_.steps + image, l.steps_stride = 0;
+        const int64_t added = first * e_.residual_stride + channel;
+        l.residual = e_.residual ? static_cast<const char*>(e_.residual) + added * size : nullptr;
+        l.output = static_cast<char*>(e_.output) + (first * e_.output_stride + channel) * size;
+        l.residual_stride = e_.residual_stride, l.output_stride = e_.output_stride;
+        l.dtype = e_.dtype, l.activation = e_.activation;
+        kernels_.finish(l);
+    }
+
+    const Int8Grid& g_;
+    const Packing& p_;
+    const char* packed_;
+    const Int8Epilogue& e_;
+    const Int8Kernels& kernels_;
+    Int8Pixels all_;
+    Stage stage_;
+};
+
+}  // namespace
+
+void int8_depthwise_pixels(const Int8Grid& g, const Int8Taps& t, const Packing& p, const char* packed, const Int8Epilogue& e,
+                           int threads) {
+    const int64_t pixels = g.height * g.width, strips = (pixels + kStrip - 1) / kStrip;
+    const int64_t blocks = (p.shape.channels + kPixelChannels - 1) / kPixelChannels;
+    const int64_t items = g.images * strips * blocks, cost = std::min(pixels, kStrip) * kPixelChannels;
+    for_each_chunk(items, cost, threads, [&](int64_t begin, int64_t end) {
+        Strip strip(g, t, p, packed, e);
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t first = i / blocks % strips * kStrip;
+            strip.compute(i / (strips * blocks), first, std::min(pixels, first + kStrip), i % blocks);
+        }
+    });
+}
+
+}  // namespace fastkd

@@ -181,6 +181,16 @@ def test_a_row_that_is_not_finite_is_nan_and_harms_no_other(impl: str, wrong: fl
         assert torch.equal(got[[0, 1, 2, 4, 5, 6]], clean[[0, 1, 2, 4, 5, 6]])
 
 
+def test_a_step_of_few_digits(impl: str) -> None:
+    """The step of 190 smallest floats is one of them: there are numbers of more than 127 steps."""
+    x = torch.tensor([[190.0, -150.0, 128.0, 1.0], [300.0, -299.0, 250.0, 0.0], [127.0, -127.0, 64.0, 63.0]])
+    x = (x * 2.0**-100) * 2.0**-49
+    w, scale = torch.eye(4, dtype=torch.int8), torch.full((4,), 2.0**100)
+    got = int8.linear(x, w, scale, impl=impl)
+    assert_same_bits(got, linear(x, w, scale, None, None, None))
+    assert (got[0] * 2.0**49).tolist() == [127, -127, 127, 1]
+
+
 def test_rows_of_zeros_and_of_next_to_nothing_give_the_bias(impl: str) -> None:
     x, bias = torch.zeros(4, 10), flat(20)
     x[1:3] = torch.tensor([[1e-45], [-1e-45]])

@@ -109,8 +109,8 @@ struct Int8Kernels {
     Int8Layout layout;
     // The bits of the largest |x|, as a float: those of a NaN are above infinity's.
     uint32_t (*largest)(const void* x, Dtype, int64_t n);
-    // Numbers side by side, without padding. With a step that was known before this returns what `largest` does; where no
-    // |x| is above 127 steps, `bounded`, there is less to do.
+    // Numbers side by side, without padding. With a step that was known before this returns what `largest` does; where the
+    // step is that of the largest |x|, `bounded`, there is less to do.
     uint32_t (*quantize)(const void* x, Dtype, int64_t n, float step, void* numbers);
     void (*quantize_bounded)(const void* x, Dtype, int64_t n, float step, void* numbers);
     uint32_t (*quantize_planes)(const Int8Planes&);

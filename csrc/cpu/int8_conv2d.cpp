@@ -115,7 +115,7 @@ class Quantised {
 
     // The largest magnitude only where the step was known before it.
     uint32_t quantize(const char* x, int64_t count, float step, char* out) const {
-        if (l_.given || step < kCoarse) return kernels_.quantize(x, l_.dtype, count, step, out);
+        if (l_.given) return kernels_.quantize(x, l_.dtype, count, step, out);
         kernels_.quantize_bounded(x, l_.dtype, count, step, out);
         return 0;
     }

@@ -94,7 +94,7 @@ class Planes {
             return 0;
         }
         const char* x = static_cast<const char*>(l_.input) + first * element_size(l_.dtype);
-        if (l_.given || step < kCoarse) return kernels_.quantize(x, l_.dtype, count, step, out);
+        if (l_.given) return kernels_.quantize(x, l_.dtype, count, step, out);
         kernels_.quantize_bounded(x, l_.dtype, count, step, out);
         return 0;
     }

@@ -1,13 +1,8 @@
 // Steps of whole images, each by its own largest magnitude.
 #pragma once
-#include <limits>
-
 #include "int8_layers.h"
 
 namespace fastkd {
-
-// Steps below this have few digits left, and there may be numbers of more than 127 of them.
-constexpr float kCoarse = std::numeric_limits<float>::min();
 
 // 0 bits, if there is nothing.
 uint32_t largest_of(const uint32_t* bits, int64_t count);

@@ -43,7 +43,9 @@ struct Int8Rows {
     const Run* runs;
     int64_t count;   // of runs
     int64_t words;   // of all of them
-    const char* ahead;  // what will be read next: of each word of these rows a line of it is fetched into the cache
+    // What will be touched next: with each word of these rows a line is fetched into the cache, so many bytes further on.
+    const char* ahead;
+    int64_t ahead_stride;
 };
 
 // Sums on their way to the output. A line is a row of numbers that lie side by side in it: columns (channels) of a row, or

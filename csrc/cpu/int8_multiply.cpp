@@ -12,6 +12,7 @@ constexpr int64_t kNear = 1 << 20;  // bytes of a core's own cache
 constexpr int64_t kCost = 128;  // products that are as dear as one id of a row of logits (threads.h)
 constexpr int64_t kStream = 8;  // rows that could be computed while a block of weights is read
 constexpr int64_t kAhead = 24;  // rows: with fewer products, weights come no sooner for being asked for
+constexpr int64_t kShort = 64;  // words of a sum: up to so many the output is what takes the time, not the weights
 constexpr int64_t kItems = 8;   // for each thread, so that all are busy to the end
 
 // What a strip of pixels and a block of columns become, until it is written. Whole panels and, transposed, whole vectors.
@@ -23,25 +24,53 @@ struct alignas(64) Stage {
     int32_t turned[kStrip * kMostColumns];
 };
 
+// What is fetched while products are made: the next block of weights, and then the lines of cache that will be written to.
+class Ahead {
+  public:
+    void weights(const char* at, int64_t bytes) { weights_ = at, weights_end_ = at + bytes; }
+    void output(const void* at, int64_t stride, int64_t rows, int64_t row_bytes) {
+        output_ = static_cast<const char*>(at), stride_ = stride, rows_ = rows;
+        lines_ = rows * ((row_bytes + kLine - 1) / kLine), line_ = 0;
+    }
+
+    // For as many words. If there is nothing more to fetch, that is what is here already.
+    void next(Int8Rows& a, const char* here) {
+        a.ahead = here, a.ahead_stride = kLine;
+        if (weights_ < weights_end_) {
+            a.ahead = weights_, weights_ += a.words * kLine;
+        } else if (line_ < lines_) {
+            a.ahead = output_ + line_ % rows_ * stride_ + line_ / rows_ * kLine, a.ahead_stride = stride_, line_ += a.words;
+        }
+    }
+
+  private:
+    const char *weights_ = nullptr, *weights_end_ = nullptr, *output_ = nullptr;
+    int64_t stride_ = 0, rows_ = 0, lines_ = 0, line_ = 0;
+};
+
 class Strip {
   public:
     Strip(const Int8Grid& g, const Packing& p, const char* packed, const Int8Epilogue& e)
         : g_(g), p_(p), packed_(packed), e_(e), kernels_(active_instruction_set().int8) {}
 
     // Weights that come after these, and are read from far away while there are products to be made.
-    void expect(const char* weights, int64_t bytes) { ahead_ = weights, ahead_end_ = weights + bytes; }
+    void expect(const char* weights, int64_t bytes) { ahead_.weights(weights, bytes); }
 
     void compute(int64_t image, int64_t begin, int64_t end, int64_t group, int64_t block) {
         const int panels = static_cast<int>(p_.first_panel(block + 1) - p_.first_panel(block));
         const int64_t pitch = panels * p_.layout.lanes, first = p_.first_panel(block) * p_.layout.lanes;
         const char* numbers = g_.numbers + image * g_.image_stride + group * g_.group_stride;
         if (g_.kind == Int8Grid::depthwise) numbers += first * kernels_.layout.bytes();
+        const Int8Lines l = lines(image, begin, end, group * p_.columns + first, std::min(pitch, p_.columns - first), pitch);
+        const int64_t size = element_size(e_.dtype);
+        ahead_.output(l.output, l.output_stride * size, p_.words > kShort ? 0 : l.lines, l.columns * size);
         for (int64_t part = 0; part < p_.parts; ++part) {
             const char* weights = packed_ + p_.offset(group, part, block);
             multiply(numbers, begin, end, g_.runs[part], panels, p_.words_of(part), weights, pitch);
             if (p_.parts > 1) add_part(part, (end - begin) * pitch);
         }
-        finish(image, begin, end, group * p_.columns + first, std::min(pitch, p_.columns - first), pitch);
+        if (e_.planes) kernels_.transpose(stage_.sums, end - begin, pitch, stage_.turned, kStrip);
+        kernels_.finish(l);
     }
 
   private:
@@ -50,15 +79,14 @@ class Strip {
         const char* line = numbers + begin / g_.width * g_.line_stride;
         int64_t x = begin % g_.width, left = end - begin;
         const int64_t most = left > p_.layout.rows ? p_.layout.rows_of(panels) : p_.layout.rows;
-        Int8Rows a{{}, runs.data(), static_cast<int64_t>(runs.size()), words, nullptr};
+        Int8Rows a{{}, runs.data(), static_cast<int64_t>(runs.size()), words, nullptr, 0};
         for (int64_t tiles = (left + most - 1) / most; tiles > 0; --tiles) {  // as alike as can be
             const int rows = static_cast<int>((left + tiles - 1) / tiles);
             for (int r = 0; r < rows; ++r) {
                 a.at[r] = line + x * g_.pixel_stride;
                 if (++x == g_.width) x = 0, line += g_.line_stride;
             }
-            a.ahead = weights;
-            if (ahead_ < ahead_end_) a.ahead = ahead_, ahead_ += words * kLine;
+            ahead_.next(a, weights);
             products(a, rows, panels, weights, (end - begin - left) * pitch);
             left -= rows;
         }
@@ -83,7 +111,8 @@ class Strip {
         if (part + 1 == p_.parts) std::copy(wide_.begin(), wide_.end(), stage_.floats);
     }
 
-    void finish(int64_t image, int64_t begin, int64_t end, int64_t channel, int64_t columns, int64_t pitch) {
+    // Where the sums go, and how.
+    Int8Lines lines(int64_t image, int64_t begin, int64_t end, int64_t channel, int64_t columns, int64_t pitch) const {
         const int64_t pixels = g_.height * g_.width;
         Int8Lines l;
         l.sums = stage_.sums, l.floats = g_.kind == Int8Grid::floats || p_.parts > 1, l.pitch = pitch;
@@ -95,7 +124,6 @@ class Strip {
         int64_t from = (image * pixels + begin) * e_.output_stride + channel;
         int64_t added = (image * pixels + begin) * e_.residual_stride + channel;
         if (e_.planes) {
-            kernels_.transpose(stage_.sums, end - begin, pitch, stage_.turned, kStrip);
             l.sums = stage_.turned, l.pitch = kStrip;
             std::swap(l.lines, l.columns);
             from = added = (image * p_.shape.channels + channel) * pixels + begin;
@@ -103,7 +131,7 @@ class Strip {
         const int64_t size = element_size(e_.dtype);
         l.output = static_cast<char*>(e_.output) + from * size;
         l.residual = e_.residual ? static_cast<const char*>(e_.residual) + added * size : nullptr;
-        kernels_.finish(l);
+        return l;
     }
 
     const Int8Grid& g_;
@@ -111,7 +139,7 @@ class Strip {
     const char* packed_;
     const Int8Epilogue& e_;
     const Int8Kernels& kernels_;
-    const char *ahead_ = nullptr, *ahead_end_ = nullptr;
+    Ahead ahead_;
     Stage stage_;
     std::vector<double> wide_;
 };

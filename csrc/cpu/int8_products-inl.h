@@ -86,6 +86,7 @@ __attribute__((noinline)) void ProductTile::compute(const Int8Rows& a, const Int
 #pragma GCC unroll 24
     for (int i = panels; i < rows * panels; ++i) sums[i] = sums[i % panels];
     const char* ahead = a.ahead;
+    const int64_t ahead_stride = a.ahead_stride;
     for (const Run* run = a.runs; run < a.runs + a.count; ++run) {
         const char* at[rows];
 #pragma GCC unroll 8
@@ -95,7 +96,7 @@ __attribute__((noinline)) void ProductTile::compute(const Int8Rows& a, const Int
 #pragma GCC unroll 4
             for (int p = 0; p < panels; ++p) w[p] = load_weights(weights[p]), weights[p] += word_step<panels>(p);
             __builtin_prefetch(ahead, 0, 2);
-            ahead += 64;
+            ahead += ahead_stride;
 #pragma GCC unroll 24
             for (int i = 0; i < rows * panels; ++i) {
                 sums[i] = add_products(sums[i], broadcast_word(at[i / panels] + 4 * word), w[i % panels]);

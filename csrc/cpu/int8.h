@@ -3,8 +3,9 @@
 //
 // Numbers of a row lie in words of 32 bits, as many as one instruction multiplies and adds: four bytes where the processor
 // has VNNI, which takes them without a sign (128 more than they are), elsewhere two of 16 bits. `lanes` columns of weights
-// are a panel, and a few panels a block, whose words lie together in the order that they are read in: one stream, however
-// few rows there are. A block begins with what its sums begin with, which takes the 128 back.
+// are a panel. Two panels are a piece, whose words lie together in the order that they are read in, and two pieces a block:
+// few rows read a block at once, in two streams, and more rows, for whose sums the registers are too few, piece by piece. A
+// piece begins with what its sums begin with, which takes the 128 back.
 #pragma once
 #include <stdint.h>
 

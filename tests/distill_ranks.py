@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
-from distill_runs import KILLS, digest, files, one_run
+from distill_runs import KILLS, digest, ended, files, one_run, started
 from torch import distributed
 
 from fastkd.distill import curves, lock
 
 RANKS = 2
 PATIENCE = timedelta(seconds=60)  # of a rank that waits for one which was killed, unless it learns of that
-
-
-def started(work: Callable[[], Any]) -> int:
-    """The number of a copy of this process that does this work."""
-    process = os.fork()
-    if process == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except Exception as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    return process
 
 
 def attempt(out: Path, meet: Path, killed: list[int], kill: str | None = None, times: int = 0) -> list[int]:
@@ -54,7 +34,7 @@ def attempt(out: Path, meet: Path, killed: list[int], kill: str | None = None, t
         out.with_suffix(f".{rank}.json").write_text(json.dumps({"weights": weights, "files": files(out)}))
 
     processes = [started(lambda rank=rank: work(rank)) for rank in range(RANKS)]
-    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    return [ended(process) for process in processes]
 
 
 def main(folder: Path) -> None:

@@ -265,18 +265,25 @@ def repr_of(value: Any) -> Any:
     return [repr_of(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def forked(work: Callable[[], Any]) -> int:
-    """The status with which a copy of this process ends after that work."""
+def started(work: Callable[[], Any]) -> int:
+    """The number of a copy of this process that does this work."""
     process = os.fork()
     if process == 0:
         status = 1
         try:
             work()
             status = 0
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+    return process
+
+
+def ended(process: int) -> int:
+    """The status with which it ends."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
@@ -288,7 +295,7 @@ def attempt(run: str, out: Path, kill: str | None = None, times: int = 0) -> int
         report = {"weights": digest(RUNS[run](out)), "files": files(out)}
         out.with_suffix(".json").write_text(json.dumps(report))
 
-    return forked(work)
+    return ended(started(work))
 
 
 def main(folder: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 def run_python(code: str, *arguments: str, **environment: str) -> str:
@@ -21,6 +24,19 @@ def run_python(code: str, *arguments: str, **environment: str) -> str:
     )
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
+
+
+def run_cases(script: str, folder: Path, cases: Iterable[Any]) -> tuple[list[dict[str, Any]], str]:
+    """A file of this folder as a process of its own: what it says of each case, and what it wrote to standard error."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name(script)), str(folder)],
+        input="".join(json.dumps(case) + "\n" for case in cases),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
 
 
 def run_ranks(code: str, folder: Path, ranks: int = 2) -> list[str]:

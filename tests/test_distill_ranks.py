@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from distill_ranks import RANKS
+from processes import run_cases
 
 # All cases run in one process and its forks, so one worker has to have them all.
 pytestmark = pytest.mark.xdist_group("distill_ranks")
@@ -33,16 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> tuple[list[dict[str, Any]], str]:
-    script = Path(__file__).with_name("distill_ranks.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        input="".join(json.dumps(case) + "\n" for case in CASES),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+    return run_cases("distill_ranks.py", folder, CASES)
 
 
 def left(folder: Path, run: str | int, rank: int) -> Any:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import run_cases
 
 # All cases run in one process and its forks, so one worker has to have them all.
 pytestmark = pytest.mark.xdist_group("distill_resume")
@@ -40,19 +39,9 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int], dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("runs")
-    script = Path(__file__).with_name("distill_runs.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        input="".join(json.dumps(case) + "\n" for case in CASES),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    found, stderr = run_cases("distill_runs.py", tmp_path_factory.mktemp("runs"), CASES)
     for one in found:
-        one["stderr"] = done.stderr[-2000:]
+        one["stderr"] = stderr[-2000:]
     return {tuple(one["case"]): one for one in found}
 
 

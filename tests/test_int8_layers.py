@@ -319,6 +319,17 @@ def test_no_silent_loss_of_a_gradient(config: Any) -> None:
         assert torch.equal(layer(input), layer(input.detach()))
 
 
+def test_a_convolution_of_int8_weights_alone_has_the_gradient_of_its_input() -> None:
+    layer = Int8Conv2d.from_float(nn.Conv2d(2, 3, 3, padding=1), WeightOnly())
+    x, other = (torch.randn(2, 2, 5, 5, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
+    weight = layer.weight * layer.scale[:, None, None, None]
+    layer(x).square().sum().backward()
+    nn.functional.conv2d(other, weight, layer.bias, padding=1).square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+    torch.testing.assert_close(x.grad, other.grad)
+
+
 def test_compile() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:

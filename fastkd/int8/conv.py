@@ -31,7 +31,7 @@ class Int8Conv2d(Int8Layer):
         F.conv2d(rounded(x), weight * scale[:, None, None, None], bias, stride, padding, dilation, groups)
 
     with ``rounded(x)`` to 127 steps on each side of zero, image by image or, with :class:`Static`, all alike.
-    Inference only: a backward through it raises.
+    Inference only: a backward through it raises; with :class:`WeightOnly`, which torch computes, the input gets one.
 
     Takes any float dtype in any memory format, and returns it (under autocast, autocast's dtype).
 

@@ -47,6 +47,7 @@ struct Int8Rows {
     // What will be touched next: with each word of these rows a line is fetched into the cache, so many bytes further on.
     const char* ahead;
     int64_t ahead_stride;
+    const struct Int8Lines* lines;  // of these rows, where the sums of whole panels go at once; null: to `sums`
 };
 
 // Sums on their way to the output. A line is a row of numbers that lie side by side in it: columns (channels) of a row, or
@@ -117,7 +118,8 @@ struct Int8Kernels {
     uint32_t (*quantize)(const void* x, Dtype, int64_t n, float step, void* numbers);
     void (*quantize_bounded)(const void* x, Dtype, int64_t n, float step, void* numbers);
     uint32_t (*quantize_planes)(const Int8Planes&);
-    // sums[r * panels * lanes + c], of at most layout.rows rows and a block of `panels` panels.
+    // sums[r * panels * lanes + c], of at most layout.rows rows and a block of `panels` panels. Or at once to the output, which
+    // is float32 then, of a layer with a bias, without a residual and with no activation but relu.
     void (*products)(const Int8Rows&, int rows, int panels, const char* block, int32_t* sums);
     // columns of lines, and lines of columns: [rows][columns] to [columns][pitch], of whole panels.
     void (*transpose)(const int32_t* sums, int64_t rows, int64_t columns, int32_t* out, int64_t pitch);

@@ -2,7 +2,7 @@
 //
 // Every product is rounded by itself, so that each instruction set gives the same bits: `times`, and no fused additions.
 #pragma once
-#include "int8_products-inl.h"
+#include "int8_vectors-inl.h"
 
 namespace fastkd {
 namespace {
@@ -116,7 +116,6 @@ static void finish_rows(const Int8Lines& lines) {
 
 template <Activation activation, bool plain>
 static void finish_rows(const Int8Lines& l) {
-    static_assert(kPanels <= 4);
     switch (l.columns / W) {
         case 0: return finish_rows<activation, plain, 0>(l);
         case 1: return finish_rows<activation, plain, 1>(l);
@@ -135,6 +134,24 @@ static void finish_planes(const Int8Lines& lines) {
         int64_t c = 0;
         for (; c + W <= l.columns; c += W) finish_vector<activation, plain, true>(l, line, c, step, scale, bias);
         if (c < l.columns) finish_vector<activation, plain, false>(l, line, c, step, scale, bias);
+    }
+}
+
+// Sums that are still in registers.
+template <int rows, int panels>
+FASTKD_INLINE void finish_tile(const Int8Lines& lines, int64_t column, const vi (&sums)[rows * panels]) {
+    const Int8Lines l = lines;
+    const float *scale = l.scale + column, *bias = l.bias + column;
+    const vf least = splat(l.activation == Activation::relu ? 0.0f : -__builtin_inff());
+    float* out = static_cast<float*>(l.output) + column;
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r, out += l.output_stride) {
+        const vf step = splat(l.steps[r * l.steps_stride]);
+#pragma GCC unroll 4
+        for (int p = 0; p < panels; ++p) {
+            const vf x = __builtin_convertvector(sums[r * panels + p], vf);
+            store(out + p * W, at_least(times(times(x, load(scale + p * W)), step) + load(bias + p * W), least));
+        }
     }
 }
 

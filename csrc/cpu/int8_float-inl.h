@@ -20,13 +20,8 @@ struct FloatTile {
 
 template <int rows, int panels>
 __attribute__((noinline)) void FloatTile::compute(const Int8Rows& a, const Int8Panels& b) {
-    const char* weights[panels];
+    PanelWords<panels> weights(b);
     vf sums[rows * panels]{};
-#pragma GCC unroll 4
-    for (int p = 0; p < panels; ++p) {
-        const int64_t starts = word_step<panels>(p) / kWordBytes * sizeof(vi);
-        weights[p] = b.pieces[p / kTogether] + starts + p % kTogether * kWordBytes;
-    }
     for (const Run* run = a.runs; run < a.runs + a.count; ++run) {
         const char* at[rows];
 #pragma GCC unroll 8
@@ -36,7 +31,7 @@ __attribute__((noinline)) void FloatTile::compute(const Int8Rows& a, const Int8P
             for (int j = 0; j < kPerWord; ++j) {
                 vf column[panels];  // the words are read again for each number: sums leave no registers for them
 #pragma GCC unroll 4
-                for (int p = 0; p < panels; ++p) column[p] = weight_of(load_weights(weights[p]), j);
+                for (int p = 0; p < panels; ++p) column[p] = weight_of(weights.load(p), j);
 #pragma GCC unroll 24
                 for (int i = 0; i < rows * panels; ++i) {
                     float x;
@@ -44,8 +39,7 @@ __attribute__((noinline)) void FloatTile::compute(const Int8Rows& a, const Int8P
                     sums[i] += x * column[i % panels];
                 }
             }
-#pragma GCC unroll 4
-            for (int p = 0; p < panels; ++p) weights[p] += word_step<panels>(p);
+            weights.next();
         }
     }
 #pragma GCC unroll 24

@@ -24,6 +24,15 @@ struct alignas(64) Stage {
     int32_t turned[kStrip * kMostColumns];
 };
 
+// For layers without a bias: what is added changes nothing, not even the sign of a zero.
+struct NoBias {
+    float zeros[kMostColumns];
+    constexpr NoBias() : zeros() {
+        for (float& zero : zeros) zero = -0.0f;
+    }
+};
+constexpr NoBias kNoBias;
+
 // What is fetched while products are made: the next block of weights, and then the lines of cache that will be written to.
 class Ahead {
   public:
@@ -61,12 +70,17 @@ class Strip {
         const int64_t pitch = panels * p_.layout.lanes, first = p_.first_panel(block) * p_.layout.lanes;
         const char* numbers = g_.numbers + image * g_.image_stride + group * g_.group_stride;
         if (g_.kind == Int8Grid::depthwise) numbers += first * kernels_.layout.bytes();
-        const Int8Lines l = lines(image, begin, end, group * p_.columns + first, std::min(pitch, p_.columns - first), pitch);
+        Int8Lines l = lines(image, begin, end, group * p_.columns + first, std::min(pitch, p_.columns - first), pitch);
         const int64_t size = element_size(e_.dtype);
+        if (can_finish_at_once(l, pitch)) {
+            if (!l.bias) l.bias = kNoBias.zeros;
+            multiply(numbers, begin, end, g_.runs[0], panels, p_.words_of(0), packed_ + p_.offset(group, 0, block), pitch, &l);
+            return;
+        }
         ahead_.output(l.output, l.output_stride * size, p_.words > kShort ? 0 : l.lines, l.columns * size);
         for (int64_t part = 0; part < p_.parts; ++part) {
             const char* weights = packed_ + p_.offset(group, part, block);
-            multiply(numbers, begin, end, g_.runs[part], panels, p_.words_of(part), weights, pitch);
+            multiply(numbers, begin, end, g_.runs[part], panels, p_.words_of(part), weights, pitch, nullptr);
             if (p_.parts > 1) add_part(part, (end - begin) * pitch);
         }
         if (e_.planes) kernels_.transpose(stage_.sums, end - begin, pitch, stage_.turned, kStrip);
@@ -75,11 +89,11 @@ class Strip {
 
   private:
     void multiply(const char* numbers, int64_t begin, int64_t end, const std::vector<Run>& runs, int panels, int64_t words,
-                  const char* weights, int64_t pitch) {
+                  const char* weights, int64_t pitch, Int8Lines* at_once) {
         const char* line = numbers + begin / g_.width * g_.line_stride;
         int64_t x = begin % g_.width, left = end - begin;
         const int64_t most = left > p_.layout.rows ? p_.layout.rows_of(panels) : p_.layout.rows;
-        Int8Rows a{{}, runs.data(), static_cast<int64_t>(runs.size()), words, nullptr, 0};
+        Int8Rows a{{}, runs.data(), static_cast<int64_t>(runs.size()), words, nullptr, 0, at_once};
         for (int64_t tiles = (left + most - 1) / most; tiles > 0; --tiles) {  // as alike as can be
             const int rows = static_cast<int>((left + tiles - 1) / tiles);
             for (int r = 0; r < rows; ++r) {
@@ -88,8 +102,20 @@ class Strip {
             }
             ahead_.next(a, weights);
             products(a, rows, panels, weights, (end - begin - left) * pitch);
+            if (at_once) advance(*at_once, rows);
             left -= rows;
         }
+    }
+
+    bool can_finish_at_once(const Int8Lines& l, int64_t pitch) const {
+        const bool simple = l.activation == Activation::none || l.activation == Activation::relu;
+        return g_.kind == Int8Grid::words && p_.parts == 1 && !e_.planes && l.columns == pitch && l.dtype == Dtype::float32 &&
+               !l.residual && simple;
+    }
+
+    static void advance(Int8Lines& l, int rows) {
+        l.steps += rows * l.steps_stride;
+        l.output = static_cast<float*>(l.output) + rows * l.output_stride;
     }
 
     void products(const Int8Rows& a, int rows, int panels, const char* weights, int64_t at) {

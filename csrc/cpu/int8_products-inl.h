@@ -1,5 +1,6 @@
 // Sums of products of int8 numbers, exact modulo 2^32. Included by one unit for each instruction set.
 #pragma once
+#include "int8_finish-inl.h"
 #include "int8_quantize-inl.h"
 
 namespace fastkd {
@@ -7,7 +8,7 @@ namespace {
 
 // Sums of a tile stay in registers: 24 of 32 where a register has 16 lanes, elsewhere 8 of 16.
 constexpr int kSums = W == 16 ? 24 : 8, kPanels = W == 16 ? 4 : 2, kProductRows = W == 16 ? 8 : 4;
-static_assert(kPanels * W <= kMostColumns && kProductRows <= kMostRows);
+static_assert(kPanels * W <= kMostColumns && kPanels <= 4 && kProductRows <= kMostRows);
 constexpr int64_t kWordBytes = W * kPerWord;  // of a panel
 
 // A word of each column, as the products take them; what these add to the sums.
@@ -59,13 +60,28 @@ struct Int8Panels {
     const char* pieces[2];  // of kTogether panels: what the sums begin with, then the words
     char* sums;
     int64_t pitch;          // bytes
+    int64_t column;         // of the first
 };
 
-// The words of panel p, of so many in all; and how many bytes the next word is from there.
+// Where the words of so many panels are: an address for each piece, for the rows need the other registers.
 template <int panels>
-FASTKD_INLINE constexpr int64_t word_step(int p) {
-    return (panels - p / kTogether * kTogether < kTogether ? 1 : kTogether) * kWordBytes;
-}
+class PanelWords {
+  public:
+    explicit PanelWords(const Int8Panels& b) {
+#pragma GCC unroll 2
+        for (int i = 0; i < kPieces; ++i) at_[i] = b.pieces[i] + together(i) * sizeof(vi);
+    }
+    vi load(int p) const { return load_weights(at_[p / kTogether] + p % kTogether * kWordBytes); }
+    void next() {
+#pragma GCC unroll 2
+        for (int i = 0; i < kPieces; ++i) at_[i] += together(i) * kWordBytes;
+    }
+
+  private:
+    static constexpr int kPieces = (panels + kTogether - 1) / kTogether;
+    static constexpr int together(int i) { return panels - i * kTogether < kTogether ? 1 : kTogether; }
+    const char* at_[kPieces];
+};
 
 struct ProductTile {
     template <int rows, int panels>
@@ -75,37 +91,38 @@ struct ProductTile {
 // Not inlined: within a larger function gcc 12 keeps the sums in memory, at half the speed.
 template <int rows, int panels>
 __attribute__((noinline)) void ProductTile::compute(const Int8Rows& a, const Int8Panels& b) {
-    const char* weights[panels];
+    PanelWords<panels> weights(b);
     vi sums[rows * panels];
 #pragma GCC unroll 4
-    for (int p = 0; p < panels; ++p) {
-        const char* piece = b.pieces[p / kTogether];
-        __builtin_memcpy(&sums[p], piece + p % kTogether * sizeof(vi), sizeof(vi));
-        weights[p] = piece + word_step<panels>(p) / kWordBytes * sizeof(vi) + p % kTogether * kWordBytes;
-    }
+    for (int p = 0; p < panels; ++p) __builtin_memcpy(&sums[p], b.pieces[p / kTogether] + p % kTogether * sizeof(vi), sizeof(vi));
 #pragma GCC unroll 24
     for (int i = panels; i < rows * panels; ++i) sums[i] = sums[i % panels];
     const char* ahead = a.ahead;
     const int64_t ahead_stride = a.ahead_stride;
     for (const Run* run = a.runs; run < a.runs + a.count; ++run) {
-        const char* at[rows];
+        const char* end[rows];
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; ++r) at[r] = a.at[r] + run->offset;
-        for (int64_t word = 0; word < run->words; ++word) {
+        for (int r = 0; r < rows; ++r) end[r] = a.at[r] + run->offset + 4 * run->words;
+        for (int64_t word = -run->words; word < 0; ++word) {
             vi w[panels];
 #pragma GCC unroll 4
-            for (int p = 0; p < panels; ++p) w[p] = load_weights(weights[p]), weights[p] += word_step<panels>(p);
+            for (int p = 0; p < panels; ++p) w[p] = weights.load(p);
+            weights.next();
             __builtin_prefetch(ahead, 0, 2);
             ahead += ahead_stride;
 #pragma GCC unroll 24
             for (int i = 0; i < rows * panels; ++i) {
-                sums[i] = add_products(sums[i], broadcast_word(at[i / panels] + 4 * word), w[i % panels]);
+                sums[i] = add_products(sums[i], broadcast_word(end[i / panels] + 4 * word), w[i % panels]);
             }
         }
     }
-#pragma GCC unroll 24
-    for (int i = 0; i < rows * panels; ++i) {
-        __builtin_memcpy(b.sums + i / panels * b.pitch + i % panels * sizeof(vi), &sums[i], sizeof(vi));
+    if (a.lines) return finish_tile<rows, panels>(*a.lines, b.column, sums);
+    char* to = b.sums;
+    const int64_t pitch = b.pitch;
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r, to += pitch) {
+#pragma GCC unroll 4
+        for (int p = 0; p < panels; ++p) __builtin_memcpy(to + p * sizeof(vi), &sums[r * panels + p], sizeof(vi));
     }
 }
 
@@ -118,7 +135,7 @@ FASTKD_INLINE void products_of_rows(const Int8Rows& a, int panels, const char* b
         const int left = panels - first, count = left <= kMost ? left : kTogether;
         const char* piece = block + first * panel_bytes;
         char* to = static_cast<char*>(sums) + first * sizeof(vi);
-        const Int8Panels b{{piece, piece + kTogether * panel_bytes}, to, static_cast<int64_t>(panels * sizeof(vi))};
+        const Int8Panels b{{piece, piece + kTogether * panel_bytes}, to, static_cast<int64_t>(panels * sizeof(vi)), first * W};
         switch (count) {
             case 1: Tile::template compute<rows, 1>(a, b); break;
             case 2: Tile::template compute<rows, 2>(a, b); break;

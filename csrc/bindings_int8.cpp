@@ -24,11 +24,11 @@ Packing packing(Numbers& numbers) {
 
 Int8Layer layer(Numbers& numbers) {
     Int8Layer l;
-    l.input = numbers.address<void>(), l.dtype = static_cast<Dtype>(numbers.integer());
-    l.given = numbers.address<float>(), l.packed = numbers.address<char>();
-    l.scale = numbers.address<float>(), l.bias = numbers.address<float>();
-    l.residual = numbers.address<void>(), l.output = const_cast<void*>(numbers.address<void>());
-    l.activation = static_cast<Activation>(numbers.integer()), l.threads = static_cast<int>(numbers.integer());
+    l.input = numbers.address<void>(), l.residual = numbers.address<void>();
+    l.output = const_cast<void*>(numbers.address<void>()), l.threads = static_cast<int>(numbers.integer());
+    l.dtype = static_cast<Dtype>(numbers.integer()), l.given = numbers.address<float>();
+    l.packed = numbers.address<char>(), l.scale = numbers.address<float>(), l.bias = numbers.address<float>();
+    l.activation = static_cast<Activation>(numbers.integer());
     return l;
 }
 
@@ -53,7 +53,7 @@ void pack(const py::tuple& shape, Address weight, Address packed, int threads) {
     int8_pack(p, reinterpret_cast<const int8_t*>(weight), reinterpret_cast<char*>(packed), threads);
 }
 
-// Whether the input's step was a number; if not, nothing was computed.
+// These return whether the input's step, if there is one, is a number; where it is not, nothing was computed.
 bool linear(const py::tuple& shape, const py::tuple& what) {
     Numbers dimensions(shape), numbers(what);
     const Packing p = packing(dimensions);
@@ -65,13 +65,14 @@ bool linear(const py::tuple& shape, const py::tuple& what) {
     return true;
 }
 
-void weight_only(const py::tuple& shape, const py::tuple& what) {
+bool weight_only(const py::tuple& shape, const py::tuple& what) {
     Numbers dimensions(shape), numbers(what);
     const Packing p = packing(dimensions);
     const Int8Layer l = layer(numbers);
     const Int8Matrix m = matrix(numbers);
     const py::gil_scoped_release release;
     int8_weight_only(l, m, p);
+    return true;
 }
 
 bool conv2d(const py::tuple& shape, const py::tuple& what) {

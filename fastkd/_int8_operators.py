@@ -14,6 +14,7 @@ from torch import Tensor
 from . import _dispatch
 from . import _int8_arguments as check
 from ._int8 import Window, compute_dtype, memory_format
+from ._int8_again import again, keep
 
 LINEAR, CONV2D, EMBEDDING, WEIGHT_ONLY = "int8_linear", "int8_conv2d", "int8_embedding", "int8_weight_only_linear"
 LIBRARY = torch.library.Library("fastkd", "FRAGMENT")
@@ -60,6 +61,9 @@ def linear(
         >>> linear(torch.tensor([[2.0, 1.0]]), weight, scale)
         tensor([[0., 1.]])
     """
+    given = (input, weight, (scale, bias, input_scale), (LINEAR, activation, impl))
+    if residual is None and not torch.compiler.is_compiling() and (output := again(*given)) is not None:
+        return output
     check.no_transform(LINEAR, input)
     check.weight(LINEAR, weight, 2)
     check.rows(LINEAR, input, weight)
@@ -68,13 +72,11 @@ def linear(
     step = None if input_scale is None else check.input_scale(LINEAR, input_scale, input, dtype)
     added = _residual(LINEAR, residual, input, shape)
     check.activation(LINEAR, activation)
-    rows, weight = _rows(input), weight.contiguous()
-    output: Tensor
+    taken = (_rows(input), weight.contiguous(), *tensors, step)
     if _in_graph(input, *tensors, step, added):
-        output = torch.ops.fastkd.int8_linear(rows, weight, *tensors, step, added, activation, impl)
-    else:
-        output = _dispatch.pick(LINEAR, impl, input, ()).forward(rows, weight, *tensors, step, added, activation)
-    return output if input.ndim == 2 else output.view(shape)
+        traced: Tensor = torch.ops.fastkd.int8_linear(*taken, added, activation, impl)
+        return traced.view(shape)
+    return _call(LINEAR, impl, given, shape, taken, added, activation)
 
 
 def weight_only_linear(
@@ -92,6 +94,9 @@ def weight_only_linear(
     ``activation(F.linear(input, weight * scale[:, None], bias) + residual)``, with sums in float32, or in float64
     for a float64 input. Arguments, result and errors are those of :func:`linear`.
     """
+    given = (input, weight, (scale, bias), (WEIGHT_ONLY, activation, impl))
+    if residual is None and not torch.compiler.is_compiling() and (output := again(*given)) is not None:
+        return output
     check.no_transform(WEIGHT_ONLY, input)
     check.weight(WEIGHT_ONLY, weight, 2)
     check.rows(WEIGHT_ONLY, input, weight)
@@ -99,9 +104,11 @@ def weight_only_linear(
     tensors = _channels(WEIGHT_ONLY, weight, scale, bias, dtype)
     added = _residual(WEIGHT_ONLY, residual, input, shape)
     check.activation(WEIGHT_ONLY, activation)
-    call = torch.ops.fastkd.int8_weight_only_linear if _in_graph(input, *tensors, added) else _weight_only
-    output: Tensor = call(_rows(input), weight.contiguous(), *tensors, added, activation, impl)
-    return output.view(shape)
+    taken = (_rows(input), weight.contiguous(), *tensors)
+    if _in_graph(input, *tensors, added):
+        traced: Tensor = torch.ops.fastkd.int8_weight_only_linear(*taken, added, activation, impl)
+        return traced.view(shape)
+    return _call(WEIGHT_ONLY, impl, given, shape, taken, added, activation)
 
 
 def conv2d(
@@ -148,14 +155,17 @@ def conv2d(
         >>> conv2d(image, weight, torch.tensor([1 / 127]), padding=1).shape
         torch.Size([1, 1, 2, 2])
     """
+    given = (input, weight, (scale, bias, input_scale), (CONV2D, activation, impl, stride, padding, dilation, groups))
+    if residual is None and not torch.compiler.is_compiling() and (output := again(*given)) is not None:
+        return output
     check.no_transform(CONV2D, input)
     check.weight(CONV2D, weight, 4)
     window = check.window(CONV2D, weight, stride, padding, dilation, groups)
     check.images(CONV2D, input, weight, window)
     if input.ndim == 3:
         added = None if residual is None else residual.unsqueeze(0)
-        options: dict[str, Any] = {"activation": activation, "residual": added, "impl": impl, **window._asdict()}
-        return conv2d(input.unsqueeze(0), weight, scale, bias, input_scale=input_scale, **options).squeeze(0)
+        named: dict[str, Any] = {"activation": activation, "residual": added, "impl": impl, **window._asdict()}
+        return conv2d(input.unsqueeze(0), weight, scale, bias, input_scale=input_scale, **named).squeeze(0)
     dtype = compute_dtype(input.dtype)
     tensors = _channels(CONV2D, weight, scale, bias, dtype)
     step = None if input_scale is None else check.input_scale(CONV2D, input_scale, input, dtype)
@@ -164,8 +174,11 @@ def conv2d(
         check.residual(CONV2D, residual, input, _images_shape(input, weight, window))
         residual = residual.contiguous(memory_format=memory_format(dense)).resolve_neg()
     check.activation(CONV2D, activation)
-    call = _traced_conv2d if _in_graph(input, *tensors, step, residual) else _conv2d
-    return call(dense, weight.contiguous(), *tensors, step, residual, activation, *window, impl)
+    taken = (dense, weight.contiguous(), *tensors, step)
+    if _in_graph(input, *tensors, step, residual):
+        traced: Tensor = torch.ops.fastkd.int8_conv2d(*taken, residual, activation, *window, impl)
+        return traced
+    return _call(CONV2D, impl, given, _images_shape(input, weight, window), taken, residual, activation, window)
 
 
 def embedding(
@@ -226,6 +239,32 @@ def _in_graph(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _call(
+    op: str,
+    impl: str | None,
+    given: tuple[Tensor, Tensor, tuple[Tensor | None, ...], tuple[Any, ...]],
+    shape: tuple[int, ...],
+    taken: tuple[Tensor | None, ...],
+    residual: Tensor | None,
+    *options: Any,
+) -> Tensor:
+    """With tensors that are `taken` for those that were given. A call that copied none of them may be made again."""
+    input, weight, others, _ = given
+    implementation = _dispatch.pick(op, impl, input, ())
+    if input.is_cuda or not hasattr(implementation, "ready"):
+        output: Tensor = implementation.forward(*taken, residual, *options)
+        return output.view(shape)
+    call = implementation.ready(*taken, residual, *options)
+    if residual is None and all(map(_is_same_memory, taken, (input, weight, *others))):
+        keep(*given, call._replace(size=shape))
+    output = call(taken[0], residual)
+    return output if output.ndim == len(shape) else output.view(shape)
+
+
+def _is_same_memory(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and a.dtype is b.dtype and a.data_ptr() == b.data_ptr())
 
 
 def _images_shape(input: Tensor, weight: Tensor, window: Window) -> tuple[int, int, int, int]:
@@ -310,4 +349,3 @@ _define("int8_linear", LAYER, _linear, _fake_rows)
 _define("int8_weight_only_linear", LAYER.replace(" Tensor? input_scale,", ""), _weight_only, _fake_rows)
 _define("int8_conv2d", f"{LAYER}, {WINDOW}", _conv2d, _fake_conv2d)
 _define("int8_embedding", "Tensor input, Tensor weight, Tensor scale, ScalarType dtype", _embedding, _fake_embedding)
-_traced_conv2d = torch.ops.fastkd.int8_conv2d

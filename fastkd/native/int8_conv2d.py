@@ -1,4 +1,4 @@
-"""Addresses and numbers of an int8 convolution, for the C++ kernels (csrc/cpu/int8_layers.h)."""
+"""Numbers of an int8 convolution, for the C++ kernels (csrc/cpu/int8_layers.h)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from torch import Tensor
 
 from .._int8 import Window, memory_format
 from . import extension
-from .int8_linear import layer, refuse
-from .int8_packing import packed
-from .logit import CPU
+from .int8_call import Call, Layer
 
 _C = extension()
 
@@ -24,14 +22,26 @@ def forward(
     activation: str,
     window: Window,
 ) -> Tensor:
+    return ready(input, weight, scale, bias, input_scale, residual, activation, window)(input, residual)
+
+
+def ready(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    window: Window,
+) -> Call:
+    """A residual has the layout of the output."""
     batch, _, height, width = input.shape
     count, terms, *kernel = weight.shape
     shape = (count, terms, kernel[0] * kernel[1], window.groups, kernel[1])
     size, form = window.output_size((height, width), (kernel[0], kernel[1])), memory_format(input)
-    output = torch.empty((batch, count, *size), dtype=input.dtype, device=CPU, memory_format=form)
-    numbers = layer(input, packed(weight, shape), scale, bias, input_scale, residual, output, activation)
     planes = form is torch.contiguous_format and (height, width, *size) != (1, 1, 1, 1)  # where both forms are one
-    images = (batch, height, width, planes, *kernel, *window.stride, *window.padding, *window.dilation)
-    if not _C.int8_conv2d(shape, numbers + images):
-        refuse("int8_conv2d", input_scale)
-    return output
+    numbers, panels = Layer(weight, scale, bias, input_scale, activation).numbers(shape, input.dtype)
+    numbers += (batch, height, width, planes, *kernel, *window.stride, *window.padding, *window.dilation)
+    output = (batch, count, *size)
+    return Call("int8_conv2d", _C.int8_conv2d, shape, numbers, panels, input_scale, output, input.dtype, form)

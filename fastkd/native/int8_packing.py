@@ -7,12 +7,12 @@ that was written to since, or that got other memory, is packed again. (As with w
 
 from __future__ import annotations
 
-import weakref
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._by_tensor import ByTensor
 from . import extension
 from .logit import CPU, _nowhere
 
@@ -21,32 +21,23 @@ Shape = tuple[int, int, int, int, int]  # output channels, a group's input chann
 
 
 class Packed(NamedTuple):
-    weight: weakref.ref[Tensor]
     state: tuple[int, int, Shape]  # version, address, what it was packed for
     data: Tensor
 
 
-_kept: dict[int, Packed] = {}
+_kept: ByTensor[Packed] = ByTensor()
 
 
 def packed(weight: Tensor, shape: Shape) -> Tensor:
     """The address is aligned as torch aligns. A weight without a version (of inference mode) is packed each time."""
     if weight.is_inference():
         return _pack(weight, shape)
-    key, state = id(weight), (weight._version, weight.data_ptr(), shape)
-    found = _kept.get(key)
-    if found is not None and found.state == state and found.weight() is weight:
-        return found.data
-    data = _pack(weight, shape)
-    _kept[key] = Packed(weakref.ref(weight, lambda gone: _forget(key, gone)), state, data)
-    return data
-
-
-def _forget(key: int, gone: weakref.ref[Tensor]) -> None:
-    """Unless the key is another tensor's by now."""
-    found = _kept.get(key)
-    if found is not None and found.weight is gone:
-        del _kept[key]
+    state = (weight._version, weight.data_ptr(), shape)
+    found = _kept.get(weight)
+    if found is None or found.state != state:
+        found = Packed(state, _pack(weight, shape))
+        _kept.set(weight, found)
+    return found.data
 
 
 def _pack(weight: Tensor, shape: Shape) -> Tensor:

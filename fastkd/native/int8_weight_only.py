@@ -1,14 +1,11 @@
-"""Addresses and numbers of a linear layer with int8 weights, for the C++ kernels (csrc/cpu/int8_layers.h)."""
+"""Numbers of a linear layer with int8 weights, for the C++ kernels (csrc/cpu/int8_layers.h)."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import extension
-from .int8_linear import layer
-from .int8_packing import packed
-from .logit import CPU
+from .int8_call import Call, Layer
 
 _C = extension()
 
@@ -16,10 +13,16 @@ _C = extension()
 def forward(
     input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
 ) -> Tensor:
+    return ready(input, weight, scale, bias, residual, activation)(input, residual)
+
+
+def ready(
+    input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
+) -> Call:
     rows, terms = input.shape
     count = weight.shape[0]
     shape = (count, terms, 1, 1, 1)
-    output = torch.empty(rows, count, dtype=input.dtype, device=CPU)
-    numbers = layer(input, packed(weight, shape), scale, bias, None, residual, output, activation)
-    _C.int8_weight_only(shape, (*numbers, rows, input.stride(0), count if residual is None else residual.stride(0)))
-    return output
+    numbers, panels = Layer(weight, scale, bias, None, activation).numbers(shape, input.dtype)
+    numbers += (rows, input.stride(0), count if residual is None else residual.stride(0))
+    op, kernel = "int8_weight_only_linear", _C.int8_weight_only
+    return Call(op, kernel, shape, numbers, panels, None, (rows, count), input.dtype)

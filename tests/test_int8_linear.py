@@ -6,6 +6,7 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -271,6 +272,28 @@ def test_threads_change_no_bit() -> None:
         assert torch.equal(int8.linear(wide, narrow, scale[:3], impl="native"), want[1])
     assert_same_bits(want[0], linear(x, w, scale, bias))
     assert_same_bits(want[1], linear(wide, narrow, scale[:3], None))
+
+
+LAST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+
+
+@pytest.mark.native
+@pytest.mark.skipif(not LAST_CACHE.exists(), reason="how large the caches are is not known here")
+@pytest.mark.parametrize("columns", [1024, 1019])
+@pytest.mark.parametrize("activation", ["none", "relu"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_outputs_that_are_larger_than_the_caches(columns: int, activation: str, threads: int) -> None:
+    """They are written past these, where their rows are whole lines: the bits are those of a few rows at a time."""
+    rows = int(LAST_CACHE.read_text().removesuffix("K\n")) * 1024 // (4 * columns) + 5
+    x, w, scale, bias = flat(rows, 12), weights(columns, 12), scales(columns), flat(columns)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        output = int8.linear(x, w, scale, bias, activation=activation, impl="native")
+    finally:
+        torch.set_num_threads(before)
+    for few, part in zip(x.split(1000), output.split(1000), strict=True):
+        assert_same_bits(part, int8.linear(few, w, scale, bias, activation=activation, impl="native"))
 
 
 def test_a_lazy_minus_sign_is_a_sign(impl: str) -> None:

@@ -66,6 +66,7 @@ struct Int8Lines {
     int64_t residual_stride, output_stride;  // numbers from line to line
     Dtype dtype;
     Activation activation;
+    bool past_caches = false;  // int8_multiply.h
 };
 
 // Pixels from planes of channels, to words of one pixel side by side. The rest of the last word is the number 0.

@@ -165,7 +165,8 @@ void int8_conv2d(const Int8Layer& l, const Int8Images& i, const Packing& p) {
         const int64_t stride = i.planes ? pixels : p.shape.channels;
         const Int8Epilogue epilogue{l.scale, l.bias, q.steps.data(), false, residual ? residual + first * size : nullptr,
                                     static_cast<char*>(l.output) + first * size, stride, stride, i.planes, l.dtype,
-                                    l.activation};
+                                    l.activation,
+                                    goes_past_caches(l.output, i.count * pixels, p.shape.channels * element_size(l.dtype))};
         if (p.depthwise && p.four && p.parts == 1) {
             int8_depthwise_pixels(grid, q.taps, p, l.packed, epilogue, l.threads);
         } else {

@@ -137,9 +137,8 @@ static void finish_planes(const Int8Lines& lines) {
     }
 }
 
-// Sums that are still in registers.
-template <int rows, int panels>
-FASTKD_INLINE void finish_tile(const Int8Lines& lines, int64_t column, const vi (&sums)[rows * panels]) {
+template <int rows, int panels, bool past_caches>
+FASTKD_INLINE void finish_registers(const Int8Lines& lines, int64_t column, const vi (&sums)[rows * panels]) {
     const Int8Lines l = lines;
     const float *scale = l.scale + column, *bias = l.bias + column;
     const vf least = splat(l.activation == Activation::relu ? 0.0f : -__builtin_inff());
@@ -150,9 +149,16 @@ FASTKD_INLINE void finish_tile(const Int8Lines& lines, int64_t column, const vi 
 #pragma GCC unroll 4
         for (int p = 0; p < panels; ++p) {
             const vf x = __builtin_convertvector(sums[r * panels + p], vf);
-            store(out + p * W, at_least(times(times(x, load(scale + p * W)), step) + load(bias + p * W), least));
+            const vf y = at_least(times(times(x, load(scale + p * W)), step) + load(bias + p * W), least);
+            past_caches ? store_past_caches(out + p * W, y) : store(out + p * W, y);
         }
     }
+}
+
+// Sums that are still in registers.
+template <int rows, int panels>
+FASTKD_INLINE void finish_tile(const Int8Lines& l, int64_t column, const vi (&sums)[rows * panels]) {
+    l.past_caches ? finish_registers<rows, panels, true>(l, column, sums) : finish_registers<rows, panels, false>(l, column, sums);
 }
 
 template <Activation activation>

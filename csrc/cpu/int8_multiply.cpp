@@ -1,5 +1,7 @@
 #include "int8_multiply.h"
 
+#include <fstream>
+
 #include "int8_steps.h"
 #include "isa.h"
 #include "threads.h"
@@ -56,6 +58,13 @@ class Ahead {
     const char *weights_ = nullptr, *weights_end_ = nullptr, *output_ = nullptr;
     int64_t stride_ = 0, rows_ = 0, lines_ = 0, line_ = 0;
 };
+
+// 0 where nobody knows. (glibc's sysconf takes all that an AMD package has for what one core can use.)
+int64_t last_cache_bytes() {
+    int64_t kilobytes = 0;
+    std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> kilobytes;
+    return kilobytes << 10;
+}
 
 class Strip {
   public:
@@ -146,7 +155,7 @@ class Strip {
         l.scale = e_.scale + channel, l.bias = e_.bias ? e_.bias + channel : nullptr;
         l.steps = e_.step_by_pixel ? e_.steps + begin : e_.steps + image, l.steps_stride = e_.step_by_pixel;
         l.residual_stride = e_.residual_stride, l.output_stride = e_.output_stride;
-        l.dtype = e_.dtype, l.activation = e_.activation;
+        l.dtype = e_.dtype, l.activation = e_.activation, l.past_caches = e_.past_caches;
         int64_t from = (image * pixels + begin) * e_.output_stride + channel;
         int64_t added = (image * pixels + begin) * e_.residual_stride + channel;
         if (e_.planes) {
@@ -196,7 +205,14 @@ Int8Epilogue epilogue_of_rows(const Int8Layer& l, const Int8Matrix& m, const Pac
     const int64_t size = element_size(l.dtype), columns = p.shape.channels;
     const char* residual = static_cast<const char*>(l.residual);
     return {l.scale, l.bias, steps, step_by_pixel, residual ? residual + first * m.residual_stride * size : nullptr,
-            static_cast<char*>(l.output) + first * columns * size, m.residual_stride, columns, false, l.dtype, l.activation};
+            static_cast<char*>(l.output) + first * columns * size, m.residual_stride, columns, false, l.dtype, l.activation,
+            goes_past_caches(l.output, m.rows, columns * size)};
+}
+
+bool goes_past_caches(const void* output, int64_t rows, int64_t row_bytes) {
+    static const int64_t last = last_cache_bytes();
+    const bool aligned = reinterpret_cast<uintptr_t>(output) % kLine == 0 && row_bytes % kLine == 0;
+    return aligned && last > 0 && rows * row_bytes >= last / 4 * 3;
 }
 
 void int8_multiply(const Int8Grid& g, const Packing& p, const char* packed, const Int8Epilogue& e, int threads) {
@@ -223,6 +239,9 @@ void int8_multiply(const Int8Grid& g, const Packing& p, const char* packed, cons
                 strip.compute(s / strips, first, std::min(pixels, first + kStrip), group, block);
             }
         }
+#if defined(__x86_64__)
+        __builtin_ia32_sfence();  // or another thread might not see what went past the caches
+#endif
     });
 }
 

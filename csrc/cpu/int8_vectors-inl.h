@@ -46,6 +46,19 @@ FASTKD_INLINE void put(void* p, Dtype dtype, int64_t at, int64_t n, vf y) {
     }
 }
 
+// To a whole vector's place, that is not read from memory before: to be followed by `__builtin_ia32_sfence`.
+FASTKD_INLINE void store_past_caches(float* p, vf x) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(p, (__m512)x);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(p, (__m256)x);
+#elif defined(__x86_64__)
+    _mm_stream_ps(p, (__m128)x);
+#else
+    store(p, x);
+#endif
+}
+
 #if defined(__clang__)
 FASTKD_INLINE vi shuffled(vi a, vi b, vi from) {
     vi result;

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -88,6 +90,14 @@ def conv2d(
     return finished(sums, by_channel[0], steps.view(-1, 1, 1, 1), by_channel[1], residual)
 
 
+def as_many_as_fill_the_caches(each: int) -> int:
+    """Of so many bytes. What no cache can hold is written past them."""
+    size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    if not size.exists():
+        pytest.skip("how large the caches are is not known here")
+    return int(size.read_text().strip().removesuffix("K")) * 1024 // each
+
+
 def assert_same_bits(got: Tensor, want: Tensor) -> None:
     """Of float32 numbers that were rounded to got's dtype; a NaN is as good as another."""
     torch.testing.assert_close(got, want.to(got.dtype), rtol=0, atol=0, equal_nan=True)
@@ -96,6 +106,7 @@ def assert_same_bits(got: Tensor, want: Tensor) -> None:
 __all__ = [
     "ACTIVATIONS",
     "DTYPES",
+    "as_many_as_fill_the_caches",
     "assert_same_bits",
     "conv2d",
     "flat",

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
 import pytest
 import torch
-from int8_problems import ACTIVATIONS, DTYPES, assert_same_bits, conv2d, flat, int8, scales, weights
+from int8_problems import (
+    ACTIVATIONS,
+    DTYPES,
+    as_many_as_fill_the_caches,
+    assert_same_bits,
+    conv2d,
+    flat,
+    int8,
+    scales,
+    weights,
+)
 from torch import Tensor
 
 IMPLEMENTATIONS = ("reference", "native")
@@ -133,6 +144,32 @@ def test_sums_are_exact_however_long(impl: str, channels: int, kernel: tuple[int
 
 
 @pytest.mark.native
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("kernel", [(7, 7), (3, 2), (2, 4)])
+@pytest.mark.parametrize("channels", range(1, 10))
+def test_few_channels_whose_taps_share_words(
+    impl: str, channels: int, kernel: tuple[int, int], form: torch.memory_format
+) -> None:
+    """In lines that end with a pixel, with padding or without, and in taps with pixels between them, which do not."""
+    x, count = flat(2, channels, 21, 19).to(memory_format=form), 20
+    w, scale, bias = weights(count, channels, *kernel), scales(count), flat(count)
+    for padding, dilation, stride in itertools.product(((0, 0), (2, 1)), (1, (1, 2)), (1, (2, 3))):
+        window = {"padding": padding, "dilation": dilation, "stride": stride}
+        assert_same_bits(int8.conv2d(x, w, scale, bias, **window, impl=impl), conv2d(x, w, scale, bias, **window))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("side", [32, 31])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("form", FORMATS)
+def test_outputs_that_are_larger_than_the_caches(form: torch.memory_format, activation: str, side: int) -> None:
+    """They are written past these, where their lines are whole: the bits are those of an image at a time."""
+    count = as_many_as_fill_the_caches(4 * 64 * side**2) + 2
+    x, w, scale, bias = flat(count, 3, side, side).to(memory_format=form), weights(64, 3, 1, 1), scales(64), flat(64)
+    for image, part in zip(x, int8.conv2d(x, w, scale, bias, activation=activation, impl="native"), strict=True):
+        assert_same_bits(part, int8.conv2d(image, w, scale, bias, activation=activation, impl="native"))
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_threads_change_no_bit(form: torch.memory_format) -> None:
     """Large enough for several chunks, and for images in several rounds of memory."""

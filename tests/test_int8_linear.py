@@ -6,12 +6,22 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from int8_problems import ACTIVATIONS, DTYPES, assert_same_bits, flat, int8, linear, scales, sharp, weights
+from int8_problems import (
+    ACTIVATIONS,
+    DTYPES,
+    as_many_as_fill_the_caches,
+    assert_same_bits,
+    flat,
+    int8,
+    linear,
+    scales,
+    sharp,
+    weights,
+)
 from torch import Tensor
 
 from fastkd.testing import assert_as_exact_as_fp32
@@ -274,17 +284,13 @@ def test_threads_change_no_bit() -> None:
     assert_same_bits(want[1], linear(wide, narrow, scale[:3], None))
 
 
-LAST_CACHE = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-
-
 @pytest.mark.native
-@pytest.mark.skipif(not LAST_CACHE.exists(), reason="how large the caches are is not known here")
 @pytest.mark.parametrize("columns", [1024, 1019])
 @pytest.mark.parametrize("activation", ["none", "relu"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_outputs_that_are_larger_than_the_caches(columns: int, activation: str, threads: int) -> None:
     """They are written past these, where their rows are whole lines: the bits are those of a few rows at a time."""
-    rows = int(LAST_CACHE.read_text().removesuffix("K\n")) * 1024 // (4 * columns) + 5
+    rows = as_many_as_fill_the_caches(4 * columns) + 5
     x, w, scale, bias = flat(rows, 12), weights(columns, 12), scales(columns), flat(columns)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -69,7 +69,8 @@ struct Int8Lines {
     bool past_caches = false;  // int8_multiply.h
 };
 
-// Pixels from planes of channels, to words of one pixel side by side. The rest of the last word is the number 0.
+// Pixels from planes of channels, to words of one pixel side by side. The rest of the last word is the number 0, or belongs
+// to the next pixel where `pixel_bytes` are fewer; only one vector of words may be cut short like this.
 struct Int8Planes {
     const void* x;
     Dtype dtype;

@@ -16,15 +16,16 @@ constexpr int64_t kLines = 8;                // that are quantised at a time: of
 constexpr int64_t kImages = 2 << 20;         // bytes of numbers at a time: what is read twice is still in a cache the second time
 constexpr int64_t kFewImages = kImages / 8;  // where little is done with them: what they are made of is also read twice
 
-// How the channels of a pixel are laid out: groups of so many, each filled up to whole words.
+// How the channels of a pixel are laid out: groups of so many, each filled up to whole words unless the next pixel's follow.
 struct Channels {
-    int64_t groups, terms, words;
+    int64_t groups, terms, bytes;
     int64_t count() const { return groups * terms; }
 };
 
 Channels channels_of(const Packing& p, const Int8Layout& layout) {
-    if (!p.depthwise) return {p.shape.groups, p.shape.terms, p.tap_words};
-    return {1, p.shape.channels, (p.shape.channels + layout.group - 1) / layout.group};
+    if (p.joined > 1) return {1, p.shape.terms, p.shape.terms * layout.bytes()};
+    if (!p.depthwise) return {p.shape.groups, p.shape.terms, p.run_words * 4};
+    return {1, p.shape.channels, (p.shape.channels + layout.group - 1) / layout.group * 4};
 }
 
 // Images quantised with their padding around them, channels innermost: the taps of an output pixel are then at the same
@@ -34,7 +35,7 @@ class Quantised {
     Quantised(const Int8Layer& l, const Int8Images& i, const Packing& p)
         : l_(l), i_(i), kernels_(active_instruction_set().int8), channels_(channels_of(p, kernels_.layout)),
           height(i.height + 2 * i.padding[0]), width(i.width + 2 * i.padding[1]),
-          pixel_bytes(channels_.groups * channels_.words * 4), line_bytes(width * pixel_bytes),
+          pixel_bytes(channels_.groups * channels_.bytes), line_bytes(width * pixel_bytes),
           image_bytes(height * line_bytes),
           room(std::max<int64_t>(1, std::min(i.count, (p.depthwise ? kFewImages : kImages) / std::max<int64_t>(1, image_bytes)))),
           taps{{i.kernel[0], i.kernel[1]}, i.dilation[0] * line_bytes, (i.kernel[1] > 1 ? i.dilation[1] : 1) * pixel_bytes},
@@ -105,7 +106,7 @@ class Quantised {
         uint32_t most = 0;
         for (int64_t group = 0; group < channels_.groups; ++group) {
             const char* x = input((image * channels_.count() + group * channels_.terms) * plane + y * i_.width);
-            char* words = out + group * channels_.words * 4;
+            char* words = out + group * channels_.bytes;
             const uint32_t found = kernels_.quantize_planes({x, l_.dtype, plane, channels_.terms, i_.width, lines, step,
                                                              words, pixel_bytes, line_bytes, !l_.given});
             most = std::max(most, found);
@@ -123,7 +124,7 @@ class Quantised {
     uint32_t fill_from_pixels(int64_t image, int64_t y, float step, char* line, char* out) const {
         const int64_t count = i_.width * channels_.count();
         const char* x = input((image * i_.height + y) * count);
-        const int64_t taken = channels_.terms * kernels_.layout.bytes(), given = channels_.words * 4;
+        const int64_t taken = channels_.terms * kernels_.layout.bytes(), given = channels_.bytes;
         if (taken == given) return quantize(x, count, step, out);
         const uint32_t most = quantize(x, count, step, line);
         // Whole words, which end with the next pixel's first numbers: their weights are 0.
@@ -141,7 +142,7 @@ class Quantised {
 std::vector<Run> runs_of(const Int8Taps& taps, const Packing& p) {
     std::vector<Run> runs;
     for (int64_t y = 0; y < taps.kernel[0]; ++y) {
-        for (int64_t x = 0; x < taps.kernel[1]; ++x) runs.push_back({y * taps.line + x * taps.tap, p.tap_words});
+        for (int64_t x = 0; x < taps.kernel[1]; x += p.joined) runs.push_back({y * taps.line + x * taps.tap, p.run_words});
     }
     return runs;
 }
@@ -157,7 +158,7 @@ void int8_conv2d(const Int8Layer& l, const Int8Images& i, const Packing& p) {
     Quantised q(l, i, p);
     Int8Grid grid{q.numbers.data(),       p.depthwise ? Int8Grid::depthwise : Int8Grid::words, 0, height, width,
                   q.image_bytes,          i.stride[0] * q.line_bytes,
-                  i.stride[1] * q.pixel_bytes, p.tap_words * 4, parts_of(runs_of(q.taps, p), p, 4)};
+                  i.stride[1] * q.pixel_bytes, p.run_words * 4, parts_of(runs_of(q.taps, p), p, 4)};
     const char* residual = static_cast<const char*>(l.residual);
     for (int64_t first = 0; first < i.count; first += q.room) {
         grid.images = std::min(q.room, i.count - first);
@@ -166,7 +167,7 @@ void int8_conv2d(const Int8Layer& l, const Int8Images& i, const Packing& p) {
         const Int8Epilogue epilogue{l.scale, l.bias, q.steps.data(), false, residual ? residual + first * size : nullptr,
                                     static_cast<char*>(l.output) + first * size, stride, stride, i.planes, l.dtype,
                                     l.activation,
-                                    goes_past_caches(l.output, i.count * pixels, p.shape.channels * element_size(l.dtype))};
+                                    goes_past_caches(l.output, i.count * size, stride * element_size(l.dtype))};
         if (p.depthwise && p.four && p.parts == 1) {
             int8_depthwise_pixels(grid, q.taps, p, l.packed, epilogue, l.threads);
         } else {

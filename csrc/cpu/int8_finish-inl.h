@@ -87,7 +87,9 @@ FASTKD_INLINE void finish_vector(const Int8Lines& l, int64_t line, int64_t c, vf
     vf y = times(times(take_sums(l.sums, l.floats, line * l.pitch + c), scale), step);
     if (l.bias) y += bias;
     if (!plain && l.residual) y += take<whole>(l.residual, dtype, line * l.residual_stride + c, n);
-    put<whole>(l.output, dtype, line * l.output_stride + c, n, activated<activation>(y));
+    const int64_t at = line * l.output_stride + c;
+    y = activated<activation>(y);
+    plain && whole && l.past_caches ? store_past_caches(static_cast<float*>(l.output) + at, y) : put<whole>(l.output, dtype, at, n, y);
 }
 
 // Channels are columns, of one block: what belongs to them stays in registers. Line by line, for with lines a power of two

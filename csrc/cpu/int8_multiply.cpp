@@ -206,13 +206,13 @@ Int8Epilogue epilogue_of_rows(const Int8Layer& l, const Int8Matrix& m, const Pac
     const char* residual = static_cast<const char*>(l.residual);
     return {l.scale, l.bias, steps, step_by_pixel, residual ? residual + first * m.residual_stride * size : nullptr,
             static_cast<char*>(l.output) + first * columns * size, m.residual_stride, columns, false, l.dtype, l.activation,
-            goes_past_caches(l.output, m.rows, columns * size)};
+            goes_past_caches(l.output, m.rows * columns * size, columns * size)};
 }
 
-bool goes_past_caches(const void* output, int64_t rows, int64_t row_bytes) {
+bool goes_past_caches(const void* output, int64_t bytes, int64_t row_bytes) {
     static const int64_t last = last_cache_bytes();
     const bool aligned = reinterpret_cast<uintptr_t>(output) % kLine == 0 && row_bytes % kLine == 0;
-    return aligned && last > 0 && rows * row_bytes >= last / 4 * 3;
+    return aligned && last > 0 && bytes >= last / 4 * 3;
 }
 
 void int8_multiply(const Int8Grid& g, const Packing& p, const char* packed, const Int8Epilogue& e, int threads) {

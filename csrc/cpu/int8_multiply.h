@@ -32,7 +32,7 @@ struct Int8Epilogue {
 // Whether all of an output is so large that its beginning has left the caches before somebody can read it. Written around
 // them, it is not read from memory first and drives nothing else out. (As in memcpy of glibc: three quarters of the last
 // cache. Of two layers in a row, 26 MB between them, this took a sixth off; of 6 MB it would add a tenth.)
-bool goes_past_caches(const void* output, int64_t rows, int64_t row_bytes);
+bool goes_past_caches(const void* output, int64_t bytes, int64_t row_bytes);
 
 // The runs of each part, from those of a whole row.
 std::vector<std::vector<Run>> parts_of(const std::vector<Run>& taps, const Packing&, int64_t word_bytes);

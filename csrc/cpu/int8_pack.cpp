@@ -12,7 +12,7 @@ namespace {
 
 // Some columns of one part, from `first` on: what the sums begin with, then the words.
 void pack_piece(const Packing& p, int64_t group, int64_t part, int64_t first, int64_t width, const int8_t* weight, char* out) {
-    const int64_t size = p.layout.group, terms = p.shape.terms, taps = p.shape.taps;
+    const int64_t size = p.layout.group, terms = p.shape.terms, taps = p.shape.taps, numbers = p.joined * terms;
     const int64_t begin = part * p.part_words, count = p.words_of(part);
     char* words = out + width * sizeof(int32_t);
     std::memset(out, 0, width * (sizeof(int32_t) + count * size));
@@ -20,9 +20,9 @@ void pack_piece(const Packing& p, int64_t group, int64_t part, int64_t first, in
         const int8_t* row = weight + (group * p.columns + first + c) * terms * taps;
         uint32_t sum = 0;
         for (int64_t word = 0; word < count; ++word) {
-            const int64_t tap = (begin + word) / p.tap_words, term = (begin + word) % p.tap_words * size;
-            for (int64_t j = 0; j < std::min(size, terms - term); ++j) {
-                const int8_t w = row[(term + j) * taps + tap];
+            const int64_t tap = (begin + word) / p.run_words * p.joined, number = (begin + word) % p.run_words * size;
+            for (int64_t j = 0; j < std::min(size, numbers - number); ++j) {
+                const int8_t w = row[(number + j) % terms * taps + tap + (number + j) / terms];
                 words[(word * width + c) * size + j] = w;
                 sum += static_cast<uint32_t>(w);
             }

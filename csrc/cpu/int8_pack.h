@@ -11,15 +11,21 @@
 namespace fastkd {
 
 constexpr int64_t kMostTerms = 131072;  // 2^17 * 127 * 128 < 2^31
+constexpr int64_t kFewTerms = 8;        // one word or two of each tap, in which what is left empty is much
 
 // (channels, terms, taps): a linear layer has one tap, and a convolution as many terms as a group has input channels.
-// `width` of the taps are a line.
+// `width` of the taps are a line; 1, where there are pixels between them.
 struct Int8Shape {
     int64_t channels, terms, taps, groups, width;
 };
 
 // A convolution of each channel by itself is packed as one group, whose rows are the taps, one to a word.
 inline bool is_depthwise(const Int8Shape& s) { return s.groups > 1 && s.terms == 1 && s.channels == s.groups; }
+
+// Taps whose numbers follow each other without a gap: those of a line, where few terms would not fill whole words.
+inline int64_t joined_taps(const Int8Shape& s, const Int8Layout& of) {
+    return s.groups == 1 && s.terms <= kFewTerms && s.terms % of.group ? s.width : 1;
+}
 
 class Packing {
   public:
@@ -31,8 +37,9 @@ class Packing {
           panels((columns + layout.lanes - 1) / layout.lanes),
           blocks((panels + layout.panels - 1) / layout.panels),
           together(depthwise ? layout.panels : kTogether),
-          tap_words((shape.terms + layout.group - 1) / layout.group),
-          words(tap_words * shape.taps),
+          joined(depthwise ? 1 : joined_taps(given, of)),
+          run_words((joined * shape.terms + layout.group - 1) / layout.group),
+          words(run_words * (shape.taps / joined)),
           part_words(kMostTerms / layout.group),
           parts(std::max<int64_t>(1, (words + part_words - 1) / part_words)) {}
 
@@ -65,7 +72,8 @@ class Packing {
     const Int8Layout layout;
     const int64_t columns;  // of a group
     const int64_t panels, blocks, together;
-    const int64_t tap_words, words;  // of a group's row
+    const int64_t joined;            // taps of a run
+    const int64_t run_words, words;  // of a run, and of a group's row
     const int64_t part_words, parts;
 
   private:

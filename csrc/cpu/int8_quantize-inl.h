@@ -179,20 +179,37 @@ static void read_planes(const Int8Planes& p, const Divisor& by, int64_t first, i
     }
 }
 
-// The words of n pixels to where the pixels are: `y` and `x` are those of the first, then of the one behind the last.
+// The words of n pixels to where the pixels are: `y` and `x` are those of the first, then of the one behind the last. Where
+// pixels are shorter than their words, each is written over what the one before left there, and the last of a line alone.
 static void write_pixels(const Int8Planes& p, int64_t first, int64_t count, int64_t n, const Turned& in, int64_t& y, int64_t& x) {
+    const int64_t own = p.pixel_bytes - first * 4;
+    if (count == 1) {
+        for (int64_t i = 0; i < n; ++i) {
+            char* to = p.words + y * p.line_bytes + x * p.pixel_bytes + first * 4;
+            if (++x == p.width) {
+                __builtin_memcpy(to, in.words[0] + i, own < 4 ? own : 4);
+                x = 0, ++y;
+            } else {
+                __builtin_memcpy(to, in.words[0] + i, 4);
+            }
+        }
+        return;
+    }
     for (int64_t i = 0; i < n; i += W) {
         vi square[W]{};
         for (int64_t k = 0; k < count; ++k) __builtin_memcpy(&square[k], in.words[k] + i, sizeof(vi));
         transpose(square);
         for (int64_t j = 0; j < (n - i < W ? n - i : W); ++j) {
             char* to = p.words + y * p.line_bytes + x * p.pixel_bytes + first * 4;
-            if (count == W) {
+            const bool last = ++x == p.width;
+            if (last && own < count * 4) {
+                __builtin_memcpy(to, &square[j], own);
+            } else if (count == W) {
                 __builtin_memcpy(to, &square[j], sizeof(vi));
             } else {
                 __builtin_memcpy(to, &square[j], count * 4);
             }
-            if (++x == p.width) x = 0, ++y;
+            if (last) x = 0, ++y;
         }
     }
 }

@@ -38,7 +38,8 @@ def ready(
     """A residual has the layout of the output."""
     batch, _, height, width = input.shape
     count, terms, *kernel = weight.shape
-    shape = (count, terms, kernel[0] * kernel[1], window.groups, kernel[1])
+    apart = window.groups == 1 and window.dilation[1] > 1  # the taps of a line
+    shape = (count, terms, kernel[0] * kernel[1], window.groups, 1 if apart else kernel[1])
     size, form = window.output_size((height, width), (kernel[0], kernel[1])), memory_format(input)
     planes = form is torch.contiguous_format and (height, width, *size) != (1, 1, 1, 1)  # where both forms are one
     numbers, panels = Layer(weight, scale, bias, input_scale, activation).numbers(shape, input.dtype)

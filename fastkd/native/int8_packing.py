@@ -17,7 +17,7 @@ from . import extension
 from .logit import CPU, _nowhere
 
 _C = extension()
-Shape = tuple[int, int, int, int, int]  # output channels, a group's input channels, taps, groups, taps of a line
+Shape = tuple[int, int, int, int, int]  # csrc/cpu/int8_pack.h: channels, a group's terms, taps, groups, taps of a line
 
 
 class Packed(NamedTuple):

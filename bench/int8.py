@@ -20,6 +20,7 @@ from bench.measure import Case, Contender
 from bench.providers import Unavailable, able, implementation
 from fastkd import _dispatch, _int8_operators, native
 from fastkd._int8 import quantize_channels
+from fastkd.int8 import Int8Linear
 
 PROVIDERS = (*RIVALS, "fastkd")
 SHAPES = ("1,1024,1024", "8,1024,1024", "32,1024,1024", "128,1024,1024", "256,768,3072", "256,3072,768")
@@ -124,5 +125,8 @@ def contender(name: str, truth: Truth, impl: str | None) -> Contender:
 
 
 def _fastkd(truth: Truth, impl: str | None) -> Layer:
+    """The module, as the others' are, which cannot be pinned."""
     weight, scale, bias = truth.weight, truth.scale, truth.layer.bias.detach()
+    if impl is None:
+        return Int8Linear(weight, scale, bias)
     return lambda x: _int8_operators.linear(x, weight, scale, bias, impl=impl)

@@ -23,6 +23,7 @@ from bench.measure import Case, Contender
 from bench.providers import Unavailable, able, implementation
 from fastkd import _dispatch, _int8_operators, native
 from fastkd._int8 import quantize_channels
+from fastkd.int8 import Dynamic, Int8Conv2d, Static
 
 PROVIDERS = ("eager", "eager-nchw", "bfloat16", "torch-static", "fastkd", "fastkd-static")
 SHAPES = ("1,64,56,64,3,1,1", "8,64,56,256,1,1,1", "8,128,28,128,3,1,1", "8,256,28,512,1,2,1", "8,512,7,512,3,1,1")
@@ -158,8 +159,13 @@ def _torch_static(truth: Truth, _: str | None) -> Layer:
 
 
 def _fastkd(truth: Truth, impl: str | None, input_scale: Tensor | None = None) -> Layer:
-    tensors, options = (truth.numbers, truth.scale, truth.bias), {"input_scale": input_scale, "impl": impl}
-    return lambda x: _int8_operators.conv2d(x, *tensors, **options, **truth.shape.window)
+    tensors, window = (truth.numbers, truth.scale, truth.bias), truth.shape.window
+    if impl is not None:  # which a module cannot be pinned to
+        return lambda x: _int8_operators.conv2d(x, *tensors, input_scale=input_scale, impl=impl, **window)
+    layer = Int8Conv2d(*tensors, **window, config=Dynamic() if input_scale is None else Static())
+    if input_scale is not None:
+        layer.input_scale.copy_(input_scale)
+    return layer
 
 
 LAYERS: dict[str, Callable[[Truth, str | None], Layer]] = {

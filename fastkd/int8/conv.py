@@ -132,12 +132,13 @@ class Int8Conv2d(Int8Layer):
     def forward(self, input: Tensor) -> Tensor:
         padded, padding = self._padded(input)
         if not isinstance(self.config, WeightOnly):
+            weight, scale, bias, input_scale = self._tensors()
             output = conv2d(
                 padded,
-                self.weight,
-                self.scale,
-                self.bias,
-                input_scale=self.input_scale,
+                weight,
+                scale,
+                bias,
+                input_scale=input_scale,
                 stride=self.stride,
                 padding=padding,
                 dilation=self.dilation,
@@ -147,8 +148,8 @@ class Int8Conv2d(Int8Layer):
             return self._out(output)
         with torch.autocast(input.device.type, enabled=False):
             dtype = torch.promote_types(padded.dtype, torch.float32)
-            weight, bias = self.float_weight().to(dtype), None if self.bias is None else self.bias.to(dtype)
-            output = F.conv2d(padded.to(dtype), weight, bias, self.stride, padding, self.dilation, self.groups)
+            wide = self.float_weight().to(dtype), None if self.bias is None else self.bias.to(dtype)
+            output = F.conv2d(padded.to(dtype), *wide, self.stride, padding, self.dilation, self.groups)
             output = ACTIVATED[self.activation](output)
         return self._out(output.to(input.dtype))
 

@@ -45,6 +45,11 @@ class Int8Layer(nn.Module):
         static = isinstance(config, Static)
         self.register_buffer("input_scale", torch.full_like(scale[:1].sum(), torch.nan) if static else None)
 
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Weight, scale, bias and input scale, from where buffers are: an attribute is sought everywhere else first."""
+        buffers: dict[str, Any] = self._buffers
+        return buffers["weight"], buffers["scale"], buffers["bias"], buffers["input_scale"]
+
     def float_weight(self) -> Tensor:
         """What the int8 numbers stand for, in float32."""
         return self.weight.float() * self.scale.reshape(-1, *[1] * (self.weight.ndim - 1))
@@ -61,7 +66,7 @@ class Int8Layer(nn.Module):
     def _out(self, output: Tensor) -> Tensor:
         """In the dtype that a float layer's output has: autocast decides, if it is on."""
         kind = output.device.type
-        if output.dtype is torch.float64 or not torch.is_autocast_enabled(kind):
+        if not torch.is_autocast_enabled(kind) or output.dtype is torch.float64:
             return output
         return output.to(torch.get_autocast_dtype(kind))
 

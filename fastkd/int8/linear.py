@@ -70,10 +70,7 @@ class Int8Linear(Int8Layer):
         return with_parameters(layer, self.float_weight(), self.bias, self.dtype)
 
     def forward(self, input: Tensor) -> Tensor:
+        weight, scale, bias, input_scale = self._tensors()
         if isinstance(self.config, WeightOnly):
-            return self._out(weight_only_linear(*self._given(input), activation=self.activation))
-        output = linear(*self._given(input), input_scale=self.input_scale, activation=self.activation)
-        return self._out(output)
-
-    def _given(self, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        return input, self.weight, self.scale, self.bias
+            return self._out(weight_only_linear(input, weight, scale, bias, activation=self.activation))
+        return self._out(linear(input, weight, scale, bias, input_scale=input_scale, activation=self.activation))

@@ -26,7 +26,7 @@ PROVIDERS = (*RIVALS, "fastkd")
 SHAPES = ("1,1024,1024", "8,1024,1024", "32,1024,1024", "128,1024,1024", "256,768,3072", "256,3072,768")
 SHAPES += ("64,4096,4096", "512,4096,4096", "1,4096,4096")
 CUDA_SHAPES = ("1,4096,4096", "16,4096,4096", "256,4096,4096", "4096,4096,4096")
-SECONDS = 4e-3  # of calls, for a reading of the clock
+SECONDS = 1e-2  # of calls, for a reading of the clock
 RATE = 4e11  # operations a second and thread that a call is expected to reach; how many calls, hangs on it and no more
 ERROR_BAR = 0.05
 

@@ -25,13 +25,20 @@ FASTKD_INLINE uint32_t largest_lane(vi most) {
     return (uint32_t)result;
 }
 
+constexpr int kAtOnce = 4;  // vectors, none of which waits for another
+
 template <Dtype dtype>
 static uint32_t largest(const void* x, int64_t n) {
-    vi most{};
+    vi most[kAtOnce]{};
     int64_t i = 0;
-    for (; i + W <= n; i += W) most = larger(most, take<true>(x, dtype, i, W));
-    if (i < n) most = larger(most, take<false>(x, dtype, i, n - i));
-    return largest_lane(most);
+    for (; i + kAtOnce * W <= n; i += kAtOnce * W) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kAtOnce; ++j) most[j] = larger(most[j], take<true>(x, dtype, i + j * W, W));
+    }
+    for (; i + W <= n; i += W) most[0] = larger(most[0], take<true>(x, dtype, i, W));
+    if (i < n) most[0] = larger(most[0], take<false>(x, dtype, i, n - i));
+    for (int j = 1; j < kAtOnce; ++j) most[0] = most[j] > most[0] ? most[j] : most[0];
+    return largest_lane(most[0]);
 }
 
 uint32_t int8_largest(const void* x, Dtype dtype, int64_t n) {
@@ -95,22 +102,25 @@ FASTKD_INLINE vn lowest_bits(vi x) {
 #endif
 }
 
+template <Dtype dtype, bool corrected, bool bounded, bool whole>
+FASTKD_INLINE void quantize_vector(const void* x, int64_t at, int64_t n, const Divisor& by, Number* out, vi& most) {
+    const vf value = take<whole>(x, dtype, at, n);
+    const vn packed = lowest_bits(levels<corrected, bounded>(value, by));
+    __builtin_memcpy(out + at, &packed, whole ? sizeof packed : n * sizeof(Number));
+    if (!bounded) most = larger(most, value);
+}
+
 template <Dtype dtype, bool corrected, bool bounded>
-static uint32_t quantize(const void* x, int64_t n, const Divisor& by, Number* out) {
+static uint32_t quantize(const void* x, int64_t n, const Divisor& given, Number* out) {
+    const Divisor by = given;  // what is written cannot change a copy
     vi most{};
     int64_t i = 0;
-    for (; i + W <= n; i += W) {
-        const vf value = take<true>(x, dtype, i, W);
-        const vn packed = lowest_bits(levels<corrected, bounded>(value, by));
-        __builtin_memcpy(out + i, &packed, sizeof packed);
-        if (!bounded) most = larger(most, value);
+    for (; i + kAtOnce * W <= n; i += kAtOnce * W) {
+#pragma GCC unroll 4
+        for (int j = 0; j < kAtOnce; ++j) quantize_vector<dtype, corrected, bounded, true>(x, i + j * W, W, by, out, most);
     }
-    if (i < n) {
-        const vf value = take<false>(x, dtype, i, n - i);
-        const vn packed = lowest_bits(levels<corrected, bounded>(value, by));
-        __builtin_memcpy(out + i, &packed, (n - i) * sizeof(Number));
-        if (!bounded) most = larger(most, value);
-    }
+    for (; i + W <= n; i += W) quantize_vector<dtype, corrected, bounded, true>(x, i, W, by, out, most);
+    if (i < n) quantize_vector<dtype, corrected, bounded, false>(x, i, n - i, by, out, most);
     return largest_lane(most);
 }
 

@@ -31,7 +31,9 @@ constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 FASTKD_INLINE vf splat(float x) { return x - vf{}; }
 // x, rounded: no compiler may fuse the product that gave it into a later sum.
 FASTKD_INLINE vf rounded(vf x) {
-#if defined(__x86_64__)
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(x));  // any of 32 registers: x is the first 16
+#elif defined(__x86_64__)
     __asm__("" : "+x"(x));
 #elif defined(__aarch64__)
     __asm__("" : "+w"(x));

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from operator import is_
 from types import NoneType
-from weakref import ref
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ Tensors = tuple[Tensor | None, ...]
 
 @dataclass(slots=True)
 class Last:
-    others: tuple[ref[Tensor] | None, ...]
+    others: Tensors
     options: Options
     state: tuple[object, ...]
     call: Callable[[Tensor], Tensor]
@@ -42,8 +41,7 @@ def again(input: Tensor, weight: Tensor, others: Tensors, options: Options) -> T
     last = _last.get(weight)
     if last is None:
         return None
-    kept = [None if other is None else other() for other in last.others]
-    same = all(map(is_, others, kept)) and all(map(is_, options, last.options)) and _is_plain(input, others)
+    same = all(map(is_, others, last.others)) and all(map(is_, options, last.options)) and _is_plain(input, others)
     if not same or _state(input, weight, others) != last.state:
         return None
     last.missed = False
@@ -58,8 +56,7 @@ def keep(input: Tensor, weight: Tensor, others: Tensors, options: Options, call:
         return
     lasting = all(isinstance(option, (str, int, tuple, NoneType)) for option in options)  # a list may change
     if lasting and not weight.is_inference() and _is_plain(input, others):
-        refs = tuple([None if other is None else ref(other) for other in others])
-        _last.set(weight, Last(refs, options, _state(input, weight, others), call))
+        _last.set(weight, Last(others, options, _state(input, weight, others), call))
 
 
 def _is_plain(input: Tensor, others: Tensors) -> bool:

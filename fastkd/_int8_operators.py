@@ -254,12 +254,12 @@ def _call(
     input, weight, others, _ = given
     implementation = _dispatch.pick(op, impl, input, ())
     if input.is_cuda or not hasattr(implementation, "ready"):
-        output: Tensor = implementation.forward(*taken, residual, *options)
-        return output.view(shape)
+        whole: Tensor = implementation.forward(*taken, residual, *options)
+        return whole.view(shape)
     call = implementation.ready(*taken, residual, *options)
     if residual is None and all(map(_is_same_memory, taken, (input, weight, *others))):
         keep(*given, call._replace(size=shape))
-    output = call(taken[0], residual)
+    output: Tensor = call(taken[0])
     return output if output.ndim == len(shape) else output.view(shape)
 
 

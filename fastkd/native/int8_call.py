@@ -45,12 +45,13 @@ class Call(NamedTuple):
     numbers: tuple[int, ...]  # that hold for every input of this shape, dtype and layout
     panels: Tensor
     input_scale: Tensor | None
+    residual: Tensor | None
     size: tuple[int, ...]  # of the output
     dtype: torch.dtype
     format: torch.memory_format = torch.contiguous_format
 
-    def __call__(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """A residual is given always or never, and has always the same strides."""
+    def __call__(self, input: Tensor) -> Tensor:
+        residual = self.residual
         output = torch.empty(self.size, dtype=self.dtype, device=CPU, memory_format=self.format)
         numbers = (
             input.data_ptr() or _nowhere(input),

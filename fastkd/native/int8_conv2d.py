@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,17 +14,9 @@ from .int8_call import Call, Layer
 _C = extension()
 
 
-def forward(
-    input: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-    window: Window,
-) -> Tensor:
-    return ready(input, weight, scale, bias, input_scale, residual, activation, window)(input, residual)
+def forward(input: Tensor, *arguments: Any) -> Tensor:
+    """With those of :func:`ready`."""
+    return ready(input, *arguments)(input)
 
 
 def ready(
@@ -44,5 +38,5 @@ def ready(
     planes = form is torch.contiguous_format and (height, width, *size) != (1, 1, 1, 1)  # where both forms are one
     numbers, panels = Layer(weight, scale, bias, input_scale, activation).numbers(shape, input.dtype)
     numbers += (batch, height, width, planes, *kernel, *window.stride, *window.padding, *window.dilation)
-    output = (batch, count, *size)
-    return Call("int8_conv2d", _C.int8_conv2d, shape, numbers, panels, input_scale, output, input.dtype, form)
+    op, compute, output = "int8_conv2d", _C.int8_conv2d, (batch, count, *size)
+    return Call(op, compute, shape, numbers, panels, input_scale, residual, output, input.dtype, form)

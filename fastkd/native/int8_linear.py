@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from . import _int8_cuda, extension
@@ -10,18 +12,9 @@ from .int8_call import Call, Layer
 _C = extension()
 
 
-def forward(
-    input: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    input_scale: Tensor | None,
-    residual: Tensor | None,
-    activation: str,
-) -> Tensor:
-    if input.is_cuda:
-        return _int8_cuda.linear(input, weight, scale, bias, input_scale, residual, activation)
-    return ready(input, weight, scale, bias, input_scale, residual, activation)(input, residual)
+def forward(input: Tensor, *arguments: Any) -> Tensor:
+    """With those of :func:`ready`."""
+    return _int8_cuda.linear(input, *arguments) if input.is_cuda else ready(input, *arguments)(input)
 
 
 def ready(
@@ -38,4 +31,5 @@ def ready(
     shape = (count, terms, 1, 1, 1)
     numbers, panels = Layer(weight, scale, bias, input_scale, activation).numbers(shape, input.dtype)
     numbers += (rows, input.stride(0), count if residual is None else residual.stride(0))
-    return Call("int8_linear", _C.int8_linear, shape, numbers, panels, input_scale, (rows, count), input.dtype)
+    op, compute = "int8_linear", _C.int8_linear
+    return Call(op, compute, shape, numbers, panels, input_scale, residual, (rows, count), input.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from . import extension
@@ -10,10 +12,9 @@ from .int8_call import Call, Layer
 _C = extension()
 
 
-def forward(
-    input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str
-) -> Tensor:
-    return ready(input, weight, scale, bias, residual, activation)(input, residual)
+def forward(input: Tensor, *arguments: Any) -> Tensor:
+    """With those of :func:`ready`."""
+    return ready(input, *arguments)(input)
 
 
 def ready(
@@ -24,5 +25,5 @@ def ready(
     shape = (count, terms, 1, 1, 1)
     numbers, panels = Layer(weight, scale, bias, None, activation).numbers(shape, input.dtype)
     numbers += (rows, input.stride(0), count if residual is None else residual.stride(0))
-    op, kernel = "int8_weight_only_linear", _C.int8_weight_only
-    return Call(op, kernel, shape, numbers, panels, None, (rows, count), input.dtype)
+    op, compute = "int8_weight_only_linear", _C.int8_weight_only
+    return Call(op, compute, shape, numbers, panels, None, residual, (rows, count), input.dtype)

@@ -110,6 +110,20 @@ def test_an_image_that_is_not_finite_is_nan_and_harms_no_other(
     assert torch.equal(got[[0, 2]], clean[[0, 2]].relu())
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("step", [None, 0.5])
+def test_lines_that_no_output_reads_belong_to_the_image(
+    impl: str, form: torch.memory_format, step: float | None
+) -> None:
+    """Their largest number is the image's, and what is not finite there makes it NaN."""
+    x, w, scale = flat(3, 5, 9, 9).to(memory_format=form), weights(7, 5, 1, 2), scales(7)
+    x[0, :, 4], x[1, 2, 4, 4] = 100.0, torch.nan  # with steps of 3 lines 0, 3 and 6 are read
+    options = {"input_scale": None if step is None else torch.tensor(step), "stride": (3, 2), "impl": impl}
+    got = int8.conv2d(x, w, scale, **options)
+    assert_same_bits(got, conv2d(x, w, scale, None, step, stride=(3, 2)))
+    assert got.isnan().flatten(1).all(1).tolist() == got.isnan().flatten(1).any(1).tolist() == [False, True, False]
+
+
 def test_an_image_of_zeros_gives_the_bias(impl: str) -> None:
     bias = flat(7)
     got = int8.conv2d(torch.zeros(2, 5, 9, 9), weights(7, 5, 3, 3), scales(7), bias, padding=1, impl=impl)

@@ -96,9 +96,26 @@ class Quantised {
         if (i_.planes) return fill_from_planes(image, first - i_.padding[0], last - first, step, pixels);
         uint32_t most = 0;
         for (int64_t y = first; y < last; ++y, pixels += line_bytes) {
-            most = std::max(most, fill_from_pixels(image, y - i_.padding[0], step, line, pixels));
+            if (is_read(y)) {
+                most = std::max(most, fill_from_pixels(image, y - i_.padding[0], step, line, pixels));
+            } else if (l_.given) {
+                most = std::max(most, kernels_.largest(pixels_of(image, y - i_.padding[0]), l_.dtype, i_.width * channels_.count()));
+            }
         }
         return most;
+    }
+
+    // Whether a line of the padded image belongs to an output: with steps larger than the kernel some do not.
+    bool is_read(int64_t y) const {
+        for (int64_t tap = 0; tap < i_.kernel[0]; ++tap) {
+            const int64_t first = y - tap * i_.dilation[0];
+            if (first >= 0 && first % i_.stride[0] == 0 && first / i_.stride[0] < i_.output_size(0, i_.height)) return true;
+        }
+        return false;
+    }
+
+    const char* pixels_of(int64_t image, int64_t y) const {
+        return input((image * i_.height + y) * i_.width * channels_.count());
     }
 
     uint32_t fill_from_planes(int64_t image, int64_t y, int64_t lines, float step, char* out) const {
@@ -123,7 +140,7 @@ class Quantised {
 
     uint32_t fill_from_pixels(int64_t image, int64_t y, float step, char* line, char* out) const {
         const int64_t count = i_.width * channels_.count();
-        const char* x = input((image * i_.height + y) * count);
+        const char* x = pixels_of(image, y);
         const int64_t taken = channels_.terms * kernels_.layout.bytes(), given = channels_.bytes;
         if (taken == given) return quantize(x, count, step, out);
         const uint32_t most = quantize(x, count, step, line);

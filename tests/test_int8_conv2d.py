@@ -184,6 +184,20 @@ def test_outputs_that_are_larger_than_the_caches(form: torch.memory_format, acti
         assert_same_bits(part, int8.conv2d(image, w, scale, bias, activation=activation, impl="native"))
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_groups_that_end_within_a_line_of_the_cache(activation: str, groups: int) -> None:
+    """What is written past the caches must be whole lines, at the beginning of every group."""
+    columns = 24 if groups == 2 else 16
+    count = as_many_as_fill_the_caches(4 * groups * columns * 256) + 2
+    x = flat(count, 3 * groups, 16, 16).to(memory_format=torch.channels_last)
+    w, scale, bias = weights(groups * columns, 3, 1, 1), scales(groups * columns), flat(groups * columns)
+    options = {"groups": groups, "activation": activation, "impl": "native"}
+    for image, part in zip(x, int8.conv2d(x, w, scale, bias, **options), strict=True):
+        assert_same_bits(part, int8.conv2d(image, w, scale, bias, **options))
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_threads_change_no_bit(form: torch.memory_format) -> None:
     """Large enough for several chunks, and for images in several rounds of memory."""

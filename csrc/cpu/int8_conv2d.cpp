@@ -180,11 +180,11 @@ void int8_conv2d(const Int8Layer& l, const Int8Images& i, const Packing& p) {
     for (int64_t first = 0; first < i.count; first += q.room) {
         grid.images = std::min(q.room, i.count - first);
         q.fill(first, grid.images);
-        const int64_t stride = i.planes ? pixels : p.shape.channels;
+        const int64_t stride = i.planes ? pixels : p.shape.channels, side_by_side = i.planes ? pixels : p.columns;
         const Int8Epilogue epilogue{l.scale, l.bias, q.steps.data(), false, residual ? residual + first * size : nullptr,
                                     static_cast<char*>(l.output) + first * size, stride, stride, i.planes, l.dtype,
                                     l.activation,
-                                    goes_past_caches(l.output, i.count * size, stride * element_size(l.dtype))};
+                                    goes_past_caches(l.output, i.count * size, side_by_side * element_size(l.dtype))};
         if (p.depthwise && p.four && p.parts == 1) {
             int8_depthwise_pixels(grid, q.taps, p, l.packed, epilogue, l.threads);
         } else {

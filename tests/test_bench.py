@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,6 +145,19 @@ def test_everybody_runs_once_a_round_in_changing_order() -> None:
     assert {name: len(taken) for name, taken in samples.items()} == {"a": 4, "b": 4, "c": 4}
     rounds = ["".join(ran[i : i + 3]) for i in range(3 * measure.WARM_UPS, len(ran), 3)]
     assert rounds == ["abc", "acb", "cab", "cba"]
+
+
+@pytest.mark.parametrize(("calls", "runs"), [(1, 1), (2, 3), (5, 6)])
+def test_readings_of_several_calls_begin_with_one_that_is_not_timed(
+    calls: int, runs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[float] = []
+    clock, now = measure.HostClock(torch.device("cpu"), calls), iter([10.0, 10.0 + 6 * calls])
+    contender = Contender("a", lambda: (ran.append(0.0), ())[1])
+    stopwatch = SimpleNamespace(perf_counter=lambda: ran.append(1.0) or next(now), process_time=lambda: 0.0)
+    monkeypatch.setattr(measure, "time", stopwatch)
+    assert clock.time(contender).wall == 6.0
+    assert (ran.count(0.0), ran.index(1.0)) == (runs, runs - calls), "runs in all, and before the clock"
 
 
 def test_figures_are_of_the_samples() -> None:

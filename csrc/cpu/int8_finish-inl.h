@@ -79,12 +79,14 @@ FASTKD_INLINE vf take_sums(const void* sums, bool floats, int64_t at) {
     return floats ? bits(x) : __builtin_convertvector(x, vf);
 }
 
+FASTKD_INLINE vf dequantized(vf sums, vf scale, vf step) { return times(times(sums, scale), step); }
+
 // `plain`: float32 without a residual, which leaves little to decide for each vector.
 template <Activation activation, bool plain, bool whole>
 FASTKD_INLINE void finish_vector(const Int8Lines& l, int64_t line, int64_t c, vf step, vf scale, vf bias) {
     const int64_t n = l.columns - c;
     const Dtype dtype = plain ? Dtype::float32 : l.dtype;
-    vf y = times(times(take_sums(l.sums, l.floats, line * l.pitch + c), scale), step);
+    vf y = dequantized(take_sums(l.sums, l.floats, line * l.pitch + c), scale, step);
     if (l.bias) y += bias;
     if (!plain && l.residual) y += take<whole>(l.residual, dtype, line * l.residual_stride + c, n);
     const int64_t at = line * l.output_stride + c;
@@ -151,7 +153,7 @@ FASTKD_INLINE void finish_registers(const Int8Lines& lines, int64_t column, cons
 #pragma GCC unroll 4
         for (int p = 0; p < panels; ++p) {
             const vf x = __builtin_convertvector(sums[r * panels + p], vf);
-            const vf y = at_least(times(times(x, load(scale + p * W)), step) + load(bias + p * W), least);
+            const vf y = at_least(dequantized(x, load(scale + p * W), step) + load(bias + p * W), least);
             past_caches ? store_past_caches(out + p * W, y) : store(out + p * W, y);
         }
     }

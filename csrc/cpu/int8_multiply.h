@@ -31,8 +31,8 @@ struct Int8Epilogue {
 
 // Whether all of an output is so large that its beginning has left the caches before somebody can read it. Written around
 // them, it is not read from memory first and drives nothing else out. `row_bytes` are written side by side: lines of the cache
-// must be whole. (As in memcpy of glibc: three quarters of the last
-// cache. Of two layers in a row, 26 MB between them, this took a sixth off; of 6 MB it would add a tenth.)
+// must be whole. (As in memcpy of glibc: three quarters of the last cache. Of two layers in a row, 26 MB between them, this
+// took a sixth off; of 6 MB it would add a tenth.)
 bool goes_past_caches(const void* output, int64_t bytes, int64_t row_bytes);
 
 // The runs of each part, from those of a whole row.

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "cpu/int8_layers.h"
+#include "cpu/int8_winograd.h"
 #include "cpu/isa.h"
 #include "cpu/threads.h"
 #include "numbers.h"
@@ -37,6 +38,16 @@ Int8Matrix matrix(Numbers& numbers) {
     m.rows = numbers.integer(), m.stride = numbers.integer(), m.residual_stride = numbers.integer();
     Numbers::check();
     return m;
+}
+
+Int8Images images(Numbers& numbers) {
+    Int8Images i;
+    i.count = numbers.integer(), i.height = numbers.integer(), i.width = numbers.integer(), i.planes = numbers.integer();
+    for (int64_t(*pair)[2] : {&i.kernel, &i.stride, &i.padding, &i.dilation}) {
+        for (int64_t& number : *pair) number = numbers.integer();
+    }
+    Numbers::check();
+    return i;
 }
 
 bool is_wrong(const float* given) { return given && !(*given > 0 && std::isfinite(*given)); }
@@ -75,19 +86,33 @@ bool weight_only(const py::tuple& shape, const py::tuple& what) {
     return true;
 }
 
+bool winograd_pays(const py::tuple& shape, const py::tuple& what, int threads) {
+    Numbers dimensions(shape), numbers(what);
+    const Packing p = packing(dimensions);
+    return int8_winograd_pays(images(numbers), p, threads);
+}
+
+int64_t winograd_bytes(const py::tuple& shape) {
+    Numbers numbers(shape);
+    return WinogradPacking(packing(numbers)).bytes;
+}
+
+bool winograd_pack(const py::tuple& shape, Address weight, Address packed, int threads) {
+    Numbers numbers(shape);
+    const Packing p = packing(numbers);
+    const py::gil_scoped_release release;
+    return int8_winograd_pack(p, reinterpret_cast<const int8_t*>(weight), reinterpret_cast<char*>(packed), threads);
+}
+
+template <void (*compute)(const Int8Layer&, const Int8Images&, const Packing&)>
 bool conv2d(const py::tuple& shape, const py::tuple& what) {
     Numbers dimensions(shape), numbers(what);
     const Packing p = packing(dimensions);
     const Int8Layer l = layer(numbers);
-    Int8Images i;
-    i.count = numbers.integer(), i.height = numbers.integer(), i.width = numbers.integer(), i.planes = numbers.integer();
-    for (int64_t(*pair)[2] : {&i.kernel, &i.stride, &i.padding, &i.dilation}) {
-        for (int64_t& number : *pair) number = numbers.integer();
-    }
-    Numbers::check();
+    const Int8Images i = images(numbers);
     if (is_wrong(l.given)) return false;
     const py::gil_scoped_release release;
-    int8_conv2d(l, i, p);
+    compute(l, i, p);
     return true;
 }
 
@@ -119,7 +144,11 @@ void bind_int8(py::module_& m) {
     m.def("int8_packed_bytes", &packed_bytes);
     m.def("int8_pack", &pack);
     m.def("int8_linear", &linear);
-    m.def("int8_conv2d", &conv2d);
+    m.def("int8_conv2d", &conv2d<int8_conv2d>);
+    m.def("int8_winograd_pays", &winograd_pays);
+    m.def("int8_winograd_bytes", &winograd_bytes);
+    m.def("int8_winograd_pack", &winograd_pack);
+    m.def("int8_winograd", &conv2d<int8_winograd>);
     m.def("int8_weight_only", &weight_only);
     m.def("int8_embedding", &embedding);
     m.def("int8_peak", &peak);

@@ -14,13 +14,14 @@ FASTKD_INLINE vf weight_of(vi w, int j) {
 
 // As ProductTile, of rows of floats.
 struct FloatTile {
+    typedef LayerWords Words;
     template <int rows, int panels>
     static void compute(const Int8Rows& a, const Int8Panels& b);
 };
 
 template <int rows, int panels>
 __attribute__((noinline)) void FloatTile::compute(const Int8Rows& a, const Int8Panels& b) {
-    PanelWords<panels> weights(b);
+    PanelWords<panels, Words> weights(b);
     vf sums[rows * panels]{};
     for (const Run* run = a.runs; run < a.runs + a.count; ++run) {
         const char* at[rows];

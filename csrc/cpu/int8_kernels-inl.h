@@ -4,6 +4,7 @@
 #include "int8_float-inl.h"
 #include "int8_pixels-inl.h"
 #include "int8_planes-inl.h"
+#include "int8_winograd-inl.h"
 
 namespace fastkd {
 namespace {
@@ -21,6 +22,9 @@ constexpr Int8Kernels int8_kernels = {
     int8_plane_products,
     int8_pixel_products,
     int8_float_products,
+    int8_winograd_numbers,
+    int8_winograd_products,
+    int8_winograd_sums,
     int8_widen,
     int8_dequantize,
     int8_peak,

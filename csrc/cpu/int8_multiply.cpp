@@ -148,24 +148,9 @@ class Strip {
 
     // Where the sums go, and how.
     Int8Lines lines(int64_t image, int64_t begin, int64_t end, int64_t channel, int64_t columns, int64_t pitch) const {
-        const int64_t pixels = g_.height * g_.width;
-        Int8Lines l;
-        l.sums = stage_.sums, l.floats = g_.kind == Int8Grid::floats || p_.parts > 1, l.pitch = pitch;
-        l.lines = end - begin, l.columns = columns, l.channels_are_lines = e_.planes;
-        l.scale = e_.scale + channel, l.bias = e_.bias ? e_.bias + channel : nullptr;
-        l.steps = e_.step_by_pixel ? e_.steps + begin : e_.steps + image, l.steps_stride = e_.step_by_pixel;
-        l.residual_stride = e_.residual_stride, l.output_stride = e_.output_stride;
-        l.dtype = e_.dtype, l.activation = e_.activation, l.past_caches = e_.past_caches;
-        int64_t from = (image * pixels + begin) * e_.output_stride + channel;
-        int64_t added = (image * pixels + begin) * e_.residual_stride + channel;
-        if (e_.planes) {
-            l.sums = stage_.turned, l.pitch = kStrip;
-            std::swap(l.lines, l.columns);
-            from = added = (image * p_.shape.channels + channel) * pixels + begin;
-        }
-        const int64_t size = element_size(e_.dtype);
-        l.output = static_cast<char*>(e_.output) + from * size;
-        l.residual = e_.residual ? static_cast<const char*>(e_.residual) + added * size : nullptr;
+        Int8Lines l = e_.lines(image, g_.height * g_.width, p_.shape.channels, begin, end, channel, columns);
+        l.floats = g_.kind == Int8Grid::floats || p_.parts > 1;
+        l.sums = e_.planes ? stage_.turned : stage_.sums, l.pitch = e_.planes ? kStrip : pitch;
         return l;
     }
 
@@ -198,6 +183,27 @@ std::vector<std::vector<Run>> parts_of(const std::vector<Run>& taps, const Packi
         }
     }
     return parts;
+}
+
+Int8Lines Int8Epilogue::lines(int64_t image, int64_t pixels, int64_t channels, int64_t begin, int64_t end, int64_t channel,
+                              int64_t columns) const {
+    Int8Lines l;
+    l.sums = nullptr, l.floats = false, l.pitch = 0;
+    l.lines = end - begin, l.columns = columns, l.channels_are_lines = planes;
+    l.scale = scale + channel, l.bias = bias ? bias + channel : nullptr;
+    l.steps = step_by_pixel ? steps + begin : steps + image, l.steps_stride = step_by_pixel;
+    l.residual_stride = residual_stride, l.output_stride = output_stride;
+    l.dtype = dtype, l.activation = activation, l.past_caches = past_caches;
+    int64_t from = (image * pixels + begin) * output_stride + channel;
+    int64_t added = (image * pixels + begin) * residual_stride + channel;
+    if (planes) {
+        std::swap(l.lines, l.columns);
+        from = added = (image * channels + channel) * pixels + begin;
+    }
+    const int64_t size = element_size(dtype);
+    l.output = static_cast<char*>(output) + from * size;
+    l.residual = residual ? static_cast<const char*>(residual) + added * size : nullptr;
+    return l;
 }
 
 Int8Epilogue epilogue_of_rows(const Int8Layer& l, const Int8Matrix& m, const Packing& p, int64_t first, const float* steps,

@@ -27,6 +27,11 @@ struct Int8Epilogue {
     Dtype dtype;
     Activation activation;
     bool past_caches;
+
+    // Some pixels of an image, side by side, and columns from `channel` on, as rows of pixels or, in planes, of columns. Their
+    // sums are left to be said.
+    Int8Lines lines(int64_t image, int64_t pixels_of_image, int64_t channels, int64_t begin, int64_t end, int64_t channel,
+                    int64_t columns) const;
 };
 
 // Whether all of an output is so large that its beginning has left the caches before somebody can read it. Written around

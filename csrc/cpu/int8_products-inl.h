@@ -63,18 +63,26 @@ struct Int8Panels {
     int64_t column;         // of the first
 };
 
+// Numbers of a layer, and its weights.
+struct LayerWords {
+    static constexpr int64_t kBytes = kWordBytes;
+    static constexpr bool kFinished = true;  // by the tile, where it can be
+    static vi load(const char* p) { return load_weights(p); }
+    static vi add(vi sums, vi numbers, vi w) { return add_products(sums, numbers, w); }
+};
+
 // Where the words of so many panels are: an address for each piece, for the rows need the other registers.
-template <int panels>
+template <int panels, class Words>
 class PanelWords {
   public:
     explicit PanelWords(const Int8Panels& b) {
 #pragma GCC unroll 2
         for (int i = 0; i < kPieces; ++i) at_[i] = b.pieces[i] + together(i) * sizeof(vi);
     }
-    vi load(int p) const { return load_weights(at_[p / kTogether] + p % kTogether * kWordBytes); }
+    vi load(int p) const { return Words::load(at_[p / kTogether] + p % kTogether * Words::kBytes); }
     void next() {
 #pragma GCC unroll 2
-        for (int i = 0; i < kPieces; ++i) at_[i] += together(i) * kWordBytes;
+        for (int i = 0; i < kPieces; ++i) at_[i] += together(i) * Words::kBytes;
     }
 
   private:
@@ -83,15 +91,18 @@ class PanelWords {
     const char* at_[kPieces];
 };
 
+template <class Given>
 struct ProductTile {
+    typedef Given Words;
     template <int rows, int panels>
     static void compute(const Int8Rows& a, const Int8Panels& b);
 };
 
 // Not inlined: within a larger function gcc 12 keeps the sums in memory, at half the speed.
+template <class Words>
 template <int rows, int panels>
-__attribute__((noinline)) void ProductTile::compute(const Int8Rows& a, const Int8Panels& b) {
-    PanelWords<panels> weights(b);
+__attribute__((noinline)) void ProductTile<Words>::compute(const Int8Rows& a, const Int8Panels& b) {
+    PanelWords<panels, Words> weights(b);
     vi sums[rows * panels];
 #pragma GCC unroll 4
     for (int p = 0; p < panels; ++p) __builtin_memcpy(&sums[p], b.pieces[p / kTogether] + p % kTogether * sizeof(vi), sizeof(vi));
@@ -112,11 +123,11 @@ __attribute__((noinline)) void ProductTile::compute(const Int8Rows& a, const Int
             ahead += ahead_stride;
 #pragma GCC unroll 24
             for (int i = 0; i < rows * panels; ++i) {
-                sums[i] = add_products(sums[i], broadcast_word(end[i / panels] + 4 * word), w[i % panels]);
+                sums[i] = Words::add(sums[i], broadcast_word(end[i / panels] + 4 * word), w[i % panels]);
             }
         }
     }
-    if (a.lines) return finish_tile<rows, panels>(*a.lines, b.column, sums);
+    if (Words::kFinished && a.lines) return finish_tile<rows, panels>(*a.lines, b.column, sums);
     char* to = b.sums;
     const int64_t pitch = b.pitch;
 #pragma GCC unroll 8
@@ -130,7 +141,7 @@ __attribute__((noinline)) void ProductTile::compute(const Int8Rows& a, const Int
 template <class Tile, int rows>
 FASTKD_INLINE void products_of_rows(const Int8Rows& a, int panels, const char* block, void* sums) {
     constexpr int kMost = kSums / rows < kPanels ? kSums / rows : kPanels;
-    const int64_t panel_bytes = sizeof(vi) + a.words * kWordBytes;
+    const int64_t panel_bytes = sizeof(vi) + a.words * Tile::Words::kBytes;
     for (int first = 0; first < panels;) {
         const int left = panels - first, count = left <= kMost ? left : kTogether;
         const char* piece = block + first * panel_bytes;
@@ -166,7 +177,7 @@ FASTKD_INLINE void products_by(const Int8Rows& a, int rows, int panels, const ch
 }
 
 void int8_products(const Int8Rows& a, int rows, int panels, const char* block, int32_t* sums) {
-    products_by<ProductTile>(a, rows, panels, block, sums);
+    products_by<ProductTile<LayerWords>>(a, rows, panels, block, sums);
 }
 
 // As many products as registers alone allow: what the benches compare with. Nothing is known of the numbers, so that no

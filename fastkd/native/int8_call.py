@@ -10,32 +10,30 @@ from torch import Tensor
 
 from .._int8 import ACTIVATIONS
 from .._int8_arguments import bad_step
-from .int8_packing import Shape, packed
+from .int8_packing import Shape
 from .logit import CPU, DTYPES, _nowhere
 
 
-class Layer(NamedTuple):
-    """What all of them have. Tensors are contiguous, of the CPU and of the dtypes that `fastkd/_int8.py` names."""
+def numbers_of_layer(
+    panels: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    input_scale: Tensor | None,
+    activation: str,
+    dtype: torch.dtype,
+) -> tuple[int, ...]:
+    """What all of them have, as csrc/bindings_int8.cpp takes it apart.
 
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor | None
-    input_scale: Tensor | None
-    activation: str
-
-    def numbers(self, shape: Shape, dtype: torch.dtype) -> tuple[tuple[int, ...], Tensor]:
-        """As csrc/bindings_int8.cpp takes them apart, and the packed weights, whose address is among them."""
-        scale, bias, step = self.scale, self.bias, self.input_scale
-        panels = packed(self.weight, shape)
-        numbers = (
-            DTYPES[dtype],
-            0 if step is None else step.data_ptr() or _nowhere(step),
-            panels.data_ptr(),
-            scale.data_ptr() or _nowhere(scale),
-            0 if bias is None else bias.data_ptr() or _nowhere(bias),
-            ACTIVATIONS.index(self.activation),
-        )
-        return numbers, panels
+    Tensors are contiguous, of the CPU and of the dtypes that `fastkd/_int8.py` names.
+    """
+    return (
+        DTYPES[dtype],
+        0 if input_scale is None else input_scale.data_ptr() or _nowhere(input_scale),
+        panels.data_ptr(),
+        scale.data_ptr() or _nowhere(scale),
+        0 if bias is None else bias.data_ptr() or _nowhere(bias),
+        ACTIVATIONS.index(activation),
+    )
 
 
 class Call(NamedTuple):

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .._int8 import Window, memory_format
 from . import extension
-from .int8_call import Call, Layer
+from .int8_call import Call, numbers_of_layer
+from .int8_packing import packed, transformed
 
 _C = extension()
 
@@ -36,7 +37,12 @@ def ready(
     shape = (count, terms, kernel[0] * kernel[1], window.groups, 1 if apart else kernel[1])
     size, form = window.output_size((height, width), (kernel[0], kernel[1])), memory_format(input)
     planes = form is torch.contiguous_format and (height, width, *size) != (1, 1, 1, 1)  # where both forms are one
-    numbers, panels = Layer(weight, scale, bias, input_scale, activation).numbers(shape, input.dtype)
-    numbers += (batch, height, width, planes, *kernel, *window.stride, *window.padding, *window.dilation)
-    op, compute, output = "int8_conv2d", _C.int8_conv2d, (batch, count, *size)
-    return Call(op, compute, shape, numbers, panels, input_scale, residual, output, input.dtype, form)
+    images = (batch, height, width, planes, *kernel, *window.stride, *window.padding, *window.dilation)
+    panels, compute = None, _C.int8_winograd
+    if _C.int8_winograd_pays(shape, images, torch.get_num_threads()):
+        panels = transformed(weight, shape)
+    if panels is None:
+        panels, compute = packed(weight, shape), _C.int8_conv2d
+    numbers = numbers_of_layer(panels, scale, bias, input_scale, activation, input.dtype) + images
+    output = (batch, count, *size)
+    return Call("int8_conv2d", compute, shape, numbers, panels, input_scale, residual, output, input.dtype, form)

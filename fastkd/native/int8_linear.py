@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from . import _int8_cuda, extension
-from .int8_call import Call, Layer
+from .int8_call import Call, numbers_of_layer
+from .int8_packing import packed
 
 _C = extension()
 
@@ -29,7 +30,8 @@ def ready(
     rows, terms = input.shape
     count = weight.shape[0]
     shape = (count, terms, 1, 1, 1)
-    numbers, panels = Layer(weight, scale, bias, input_scale, activation).numbers(shape, input.dtype)
+    panels = packed(weight, shape)
+    numbers = numbers_of_layer(panels, scale, bias, input_scale, activation, input.dtype)
     numbers += (rows, input.stride(0), count if residual is None else residual.stride(0))
     op, compute = "int8_linear", _C.int8_linear
     return Call(op, compute, shape, numbers, panels, input_scale, residual, (rows, count), input.dtype)

@@ -7,7 +7,7 @@ that was written to since, or that got other memory, is packed again. (As with w
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,27 +20,55 @@ _C = extension()
 Shape = tuple[int, int, int, int, int]  # csrc/cpu/int8_pack.h: channels, a group's terms, taps, groups, taps of a line
 
 
-class Packed(NamedTuple):
-    state: tuple[int, int, Shape]  # version, address, what it was packed for
-    data: Tensor
+@dataclass(slots=True)
+class Kept:
+    state: tuple[int, int]  # version, address
+    packed: dict[Shape, Tensor] = field(default_factory=dict)
+    transformed: dict[Shape, Tensor | None] = field(default_factory=dict)
 
 
-_kept: ByTensor[Packed] = ByTensor()
+_kept: ByTensor[Kept] = ByTensor()
 
 
 def packed(weight: Tensor, shape: Shape) -> Tensor:
     """The address is aligned as torch aligns. A weight without a version (of inference mode) is packed each time."""
     if weight.is_inference():
         return _pack(weight, shape)
-    state = (weight._version, weight.data_ptr(), shape)
+    found = _of(weight).packed
+    if shape not in found:
+        found[shape] = _pack(weight, shape)
+    return found[shape]
+
+
+def transformed(weight: Tensor, shape: Shape) -> Tensor | None:
+    """For Winograd's convolution (csrc/cpu/int8_winograd.h), of eight times the weight's size.
+
+    None, where its sums could be too large for that way, or the weight would be transformed each time.
+    """
+    if weight.is_inference():
+        return None
+    found = _of(weight).transformed
+    if shape not in found:
+        found[shape] = _transform(weight, shape)
+    return found[shape]
+
+
+def _of(weight: Tensor) -> Kept:
+    state = (weight._version, weight.data_ptr())
     found = _kept.get(weight)
     if found is None or found.state != state:
-        found = Packed(state, _pack(weight, shape))
+        found = Kept(state)
         _kept.set(weight, found)
-    return found.data
+    return found
 
 
 def _pack(weight: Tensor, shape: Shape) -> Tensor:
     data = torch.empty(_C.int8_packed_bytes(shape), dtype=torch.uint8, device=CPU)
     _C.int8_pack(shape, weight.data_ptr() or _nowhere(weight), data.data_ptr(), torch.get_num_threads())
     return data
+
+
+def _transform(weight: Tensor, shape: Shape) -> Tensor | None:
+    data = torch.empty(_C.int8_winograd_bytes(shape), dtype=torch.uint8, device=CPU)
+    fits = _C.int8_winograd_pack(shape, weight.data_ptr(), data.data_ptr(), torch.get_num_threads())
+    return data if fits else None

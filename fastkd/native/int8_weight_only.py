@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from . import extension
-from .int8_call import Call, Layer
+from .int8_call import Call, numbers_of_layer
+from .int8_packing import packed
 
 _C = extension()
 
@@ -23,7 +24,8 @@ def ready(
     rows, terms = input.shape
     count = weight.shape[0]
     shape = (count, terms, 1, 1, 1)
-    numbers, panels = Layer(weight, scale, bias, None, activation).numbers(shape, input.dtype)
+    panels = packed(weight, shape)
+    numbers = numbers_of_layer(panels, scale, bias, None, activation, input.dtype)
     numbers += (rows, input.stride(0), count if residual is None else residual.stride(0))
     op, compute = "int8_weight_only_linear", _C.int8_weight_only
     return Call(op, compute, shape, numbers, panels, None, residual, (rows, count), input.dtype)

@@ -27,8 +27,8 @@ void int8_conv2d(const Int8Layer& l, const Int8Images& i, const Packing& p) {
     if (p.depthwise && i.planes && p.parts == 1) return int8_depthwise_planes(l, i, p);
     QuantisedImages q(l, i, p);
     Int8Grid grid{q.numbers.data(),       p.depthwise ? Int8Grid::depthwise : Int8Grid::words, 0, height, width,
-                  q.image_bytes,          i.stride[0] * q.line_bytes,
-                  i.stride[1] * q.pixel_bytes, p.run_words * 4, parts_of(runs_of(q.taps, p), p, 4)};
+                  q.image_bytes,          i.stride[0] / q.every[0] * q.line_bytes,
+                  i.stride[1] / q.every[1] * q.pixel_bytes, p.run_words * 4, parts_of(runs_of(q.taps, p), p, 4)};
     for (int64_t first = 0; first < i.count; first += q.room) {
         grid.images = std::min(q.room, i.count - first);
         q.fill(first, grid.images);

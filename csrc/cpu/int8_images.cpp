@@ -17,11 +17,27 @@ Int8Channels channels_of(const Packing& p, const Int8Layout& layout) {
     return {1, p.shape.channels, (p.shape.channels + layout.group - 1) / layout.group * 4};
 }
 
+// Of what is there of a padded line, what the image gives.
+struct Range {
+    int64_t first, last;
+};
+
+Range range(int64_t padding, int64_t size, int64_t every) {
+    return {(padding + every - 1) / every, (padding + size + every - 1) / every};
+}
+
+int64_t every_one(const Int8Images& i, int axis) { return i.planes || i.kernel[axis] > 1 ? 1 : i.stride[axis]; }
+
+int64_t padded(const Int8Images& i, int axis, int64_t size, int64_t every, int64_t behind) {
+    return (size + 2 * i.padding[axis] + every - 1) / every + behind;
+}
+
 }  // namespace
 
 QuantisedImages::QuantisedImages(const Int8Layer& l, const Int8Images& i, const Packing& p, const Int8Behind& behind)
     : l_(l), i_(i), kernels_(active_instruction_set().int8), channels_(channels_of(p, kernels_.layout)),
-      height(i.height + 2 * i.padding[0] + behind.lines), width(i.width + 2 * i.padding[1] + behind.pixels),
+      every{every_one(i, 0), every_one(i, 1)}, height(padded(i, 0, i.height, every[0], behind.lines)),
+      width(padded(i, 1, i.width, every[1], behind.pixels)),
       pixel_bytes(channels_.groups * channels_.bytes), line_bytes(width * pixel_bytes), image_bytes(height * line_bytes),
       room(std::max<int64_t>(1, std::min(i.count, (p.depthwise ? kFewImages : kImages) / std::max<int64_t>(1, image_bytes)))),
       taps{{i.kernel[0], i.kernel[1]}, i.dilation[0] * line_bytes, (i.kernel[1] > 1 ? i.dilation[1] : 1) * pixel_bytes},
@@ -48,36 +64,40 @@ void QuantisedImages::fill(int64_t first, int64_t count) {
 // Some lines of the padded image.
 uint32_t QuantisedImages::fill_band(int64_t image, int64_t band, float step, char* line, char* out) const {
     const int64_t begin = band * kLines, end = std::min(begin + kLines, height);
-    const int64_t first = std::max(begin, i_.padding[0]), last = std::min(end, i_.padding[0] + i_.height);
-    const int64_t before = i_.padding[1] * pixel_bytes, behind = line_bytes - before - i_.width * pixel_bytes;
+    const Range lines = range(i_.padding[0], i_.height, every[0]), pixels = range(i_.padding[1], i_.width, every[1]);
+    const int64_t first = std::max(begin, lines.first), last = std::min(end, lines.last);
+    const int64_t before = pixels.first * pixel_bytes, behind = line_bytes - pixels.last * pixel_bytes;
+    const bool all = every[0] == 1 && every[1] == 1, given = l_.given;
+    uint32_t most = given && !all ? largest_of_lines(image, begin * every[0], end * every[0]) : 0;
     const int zero = kernels_.layout.zero;
     if (first >= last || is_blank(step)) {
         std::memset(out + begin * line_bytes, zero, (end - begin) * line_bytes);
-        return 0;
+        return most;
     }
     std::memset(out + begin * line_bytes, zero, (first - begin) * line_bytes + before);
     for (int64_t y = first + 1; y < last; ++y) std::memset(out + y * line_bytes - behind, zero, behind + before);
     std::memset(out + last * line_bytes - behind, zero, (end - last) * line_bytes + behind);
-    char* pixels = out + first * line_bytes + before;
-    if (i_.planes) return fill_from_planes(image, first - i_.padding[0], last - first, step, pixels);
-    uint32_t most = 0;
-    for (int64_t y = first; y < last; ++y, pixels += line_bytes) {
-        if (is_read(y)) {
-            most = std::max(most, fill_from_pixels(image, y - i_.padding[0], step, line, pixels));
-        } else if (l_.given) {
-            most = std::max(most, kernels_.largest(pixels_of(image, y - i_.padding[0]), l_.dtype, i_.width * channels_.count()));
+    char* to = out + first * line_bytes + before;
+    if (i_.planes) return fill_from_planes(image, first - i_.padding[0], last - first, step, to);
+    for (int64_t y = first; y < last; ++y, to += line_bytes) {
+        const char* x = line_of(image, y * every[0] - i_.padding[0]);
+        if (every[1] == 1) {
+            most = std::max(most, fill_from_pixels(x, i_.width, step, line, to));
+            continue;
+        }
+        const int64_t size = channels_.count() * element_size(l_.dtype);
+        for (int64_t i = pixels.first; i < pixels.last; ++i) {
+            fill_from_pixels(x + (i * every[1] - i_.padding[1]) * size, 1, step, line, to + (i - pixels.first) * pixel_bytes);
         }
     }
     return most;
 }
 
-// Whether a line of the padded image belongs to an output: with steps larger than the kernel some do not.
-bool QuantisedImages::is_read(int64_t y) const {
-    for (int64_t tap = 0; tap < i_.kernel[0]; ++tap) {
-        const int64_t first = y - tap * i_.dilation[0];
-        if (first >= 0 && first % i_.stride[0] == 0 && first / i_.stride[0] < i_.output_size(0, i_.height)) return true;
-    }
-    return false;
+// Of lines of the padded image.
+uint32_t QuantisedImages::largest_of_lines(int64_t image, int64_t first, int64_t last) const {
+    const int64_t from = std::max<int64_t>(0, first - i_.padding[0]), to = std::min(i_.height, last - i_.padding[0]);
+    if (from >= to) return 0;
+    return kernels_.largest(line_of(image, from), l_.dtype, (to - from) * i_.width * channels_.count());
 }
 
 uint32_t QuantisedImages::fill_from_planes(int64_t image, int64_t y, int64_t lines, float step, char* out) const {
@@ -100,14 +120,12 @@ uint32_t QuantisedImages::quantize(const char* x, int64_t count, float step, cha
     return 0;
 }
 
-uint32_t QuantisedImages::fill_from_pixels(int64_t image, int64_t y, float step, char* line, char* out) const {
-    const int64_t count = i_.width * channels_.count();
-    const char* x = pixels_of(image, y);
-    const int64_t taken = channels_.terms * kernels_.layout.bytes(), given = channels_.bytes;
+uint32_t QuantisedImages::fill_from_pixels(const char* x, int64_t pixels, float step, char* line, char* out) const {
+    const int64_t count = pixels * channels_.count(), taken = channels_.terms * kernels_.layout.bytes(), given = channels_.bytes;
     if (taken == given) return quantize(x, count, step, out);
     const uint32_t most = quantize(x, count, step, line);
     // Whole words, which end with the next pixel's first numbers: their weights are 0.
-    for (int64_t i = 0; i < i_.width * channels_.groups; ++i) {
+    for (int64_t i = 0; i < pixels * channels_.groups; ++i) {
         if (given == 4) {
             std::memcpy(out + i * 4, line + i * taken, 4);  // of a known size, a single move
         } else {

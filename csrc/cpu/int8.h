@@ -21,7 +21,7 @@ constexpr int kTogether = 2;                     // panels whose words lie toget
 constexpr int kPixelChannels = 64;               // of pixels, each channel convolved by itself, at a time
 constexpr int kPixelWords = 4 * kPixelChannels;  // bytes of a word of each
 constexpr int kLevels = 127;                     // on each side of zero
-constexpr int kWinogradTile = 4, kWinogradSide = 6, kWinogradPositions = 36;  // int8_winograd.h
+constexpr int kWinogradTile = 4, kWinogradPoints = 6, kWinogradPositions = 36;  // int8_winograd.h
 
 struct Int8Layout {
     int lanes;   // columns of a panel
@@ -112,6 +112,25 @@ struct Int8Pixels {
     int32_t* sums;             // kPixelChannels of each pixel; of up to three more for nothing
 };
 
+// A tile of a convolution of 3 x 3 taps: int8_winograd-inl.h. From the numbers of its pixels to a row at each position, and from
+// the sums of these rows' products to those of the outputs.
+struct WinogradNumbers {
+    int down, across;     // outputs
+    const char* numbers;  // of the first pixel
+    int64_t line, pixel;  // bytes to the next
+    int64_t channels;
+    char* out;            // whole vectors
+    int64_t position;     // bytes to the next position's
+};
+
+struct WinogradSums {
+    int down, across;
+    const int32_t* sums;
+    int64_t position, columns;  // sums to the next position's; columns of whole panels
+    int32_t* out;
+    int64_t line, pixel;        // sums to the next
+};
+
 struct Int8Kernels {
     Int8Layout layout;
     // The bits of the largest |x|, as a float: those of a NaN are above infinity's.
@@ -133,11 +152,10 @@ struct Int8Kernels {
     void (*pixel_products)(const Int8Pixels&);  // null, unless words have four numbers
     // Rows of floats, `group` of them in the place of a word.
     void (*float_products)(const Int8Rows&, int rows, int panels, const char* block, float* sums);
-    // int8_winograd-inl.h: a tile of pixels, from one `line` and `pixel` of bytes to the next, to as many rows of numbers of
-    // 16 bits, `position` bytes apart; products of such rows; and from their sums, `position` of them apart, to outputs.
-    void (*winograd_numbers)(const char* numbers, int64_t line, int64_t pixel, int64_t channels, char* out, int64_t position);
+    void (*winograd_numbers)(const WinogradNumbers&);
+    // As products, of rows whose numbers and weights have 16 bits.
     void (*winograd_products)(const Int8Rows&, int rows, int panels, const char* block, int32_t* sums);
-    void (*winograd_sums)(const int32_t* sums, int64_t position, int64_t columns, int32_t* out, int64_t line, int64_t pixel);
+    void (*winograd_sums)(const WinogradSums&);
     void (*widen)(const void* x, Dtype, int64_t n, float* out);
     void (*dequantize)(const int8_t* numbers, int64_t n, float scale, void* out, Dtype);
     // Products in registers alone, `rounds` times as many as these hold; returns how many.

@@ -28,16 +28,16 @@ Range range(int64_t padding, int64_t size, int64_t every) {
 
 int64_t every_one(const Int8Images& i, int axis) { return i.planes || i.kernel[axis] > 1 ? 1 : i.stride[axis]; }
 
-int64_t padded(const Int8Images& i, int axis, int64_t size, int64_t every, int64_t behind) {
-    return (size + 2 * i.padding[axis] + every - 1) / every + behind;
+int64_t padded(const Int8Images& i, int axis, int64_t size, int64_t every) {
+    return (size + 2 * i.padding[axis] + every - 1) / every;
 }
 
 }  // namespace
 
-QuantisedImages::QuantisedImages(const Int8Layer& l, const Int8Images& i, const Packing& p, const Int8Behind& behind)
+QuantisedImages::QuantisedImages(const Int8Layer& l, const Int8Images& i, const Packing& p)
     : l_(l), i_(i), kernels_(active_instruction_set().int8), channels_(channels_of(p, kernels_.layout)),
-      every{every_one(i, 0), every_one(i, 1)}, height(padded(i, 0, i.height, every[0], behind.lines)),
-      width(padded(i, 1, i.width, every[1], behind.pixels)),
+      every{every_one(i, 0), every_one(i, 1)}, height(padded(i, 0, i.height, every[0])),
+      width(padded(i, 1, i.width, every[1])),
       pixel_bytes(channels_.groups * channels_.bytes), line_bytes(width * pixel_bytes), image_bytes(height * line_bytes),
       room(std::max<int64_t>(1, std::min(i.count, (p.depthwise ? kFewImages : kImages) / std::max<int64_t>(1, image_bytes)))),
       taps{{i.kernel[0], i.kernel[1]}, i.dilation[0] * line_bytes, (i.kernel[1] > 1 ? i.dilation[1] : 1) * pixel_bytes},

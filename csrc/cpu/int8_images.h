@@ -15,14 +15,9 @@ struct Int8Channels {
     int64_t count() const { return groups * terms; }
 };
 
-// Padding behind that of the layer, for who computes more than the output.
-struct Int8Behind {
-    int64_t lines, pixels;
-};
-
 class QuantisedImages {
   public:
-    QuantisedImages(const Int8Layer&, const Int8Images&, const Packing&, const Int8Behind& = {0, 0});
+    QuantisedImages(const Int8Layer&, const Int8Images&, const Packing&);
 
     // `room` images at most, from the first on.
     void fill(int64_t first, int64_t count);

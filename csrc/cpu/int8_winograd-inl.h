@@ -1,9 +1,11 @@
 // Winograd's transforms of int8 convolutions, and the products between them: int8_winograd.h. Included by one unit for each
 // instruction set.
 //
-// With points 0, 1, -1, 2, -2 and infinity the transform of numbers is whole by itself (no number exceeds 100 times 128),
-// and that of weights is made whole row by row, so that 24 times an output is what the last transform gives: twice, 576
-// times. Everything is exact modulo 2^32, and 576 = 9 * 2^6 leaves the output modulo 2^26.
+// A line of m outputs is made of products at m + 2 points: infinity and as many of 0, 1, -1, 2, -2. The transform of numbers is
+// whole (none exceeds 144 times 128), and that of weights, which is the same for every m, is made whole row by row: 6, -4, -4,
+// 1, 1 and 6 times the value at the point. The factors that are still missing are in the transforms of numbers and of sums,
+// so that what comes out is 24 times an output: twice, 576 times. Everything is exact modulo 2^32, and 576 = 9 * 2^6 leaves the
+// output modulo 2^26.
 #pragma once
 #include "int8_products-inl.h"
 
@@ -25,40 +27,82 @@ FASTKD_INLINE vp take_numbers(const char* p) {
 #endif
 }
 
-FASTKD_INLINE void transform_numbers(const vp (&d)[kWinogradSide], vp (&v)[kWinogradSide]) {
-    const vp a = d[4] - (d[2] << 2), b = d[3] - (d[1] << 2), c = d[4] - d[2], e = (d[3] - d[1]) << 1;
-    v[0] = ((d[0] - d[2]) << 2) + c;
-    v[1] = a + b;
-    v[2] = a - b;
-    v[3] = c + e;
-    v[4] = c - e;
-    v[5] = d[5] - d[3] - (e << 1);
+// The points of so many outputs, infinity being the last.
+constexpr bool has_point(int outputs, int i) { return i <= outputs || i == kWinogradPoints - 1; }
+
+template <int outputs>
+FASTKD_INLINE void transform_numbers(const vp (&d)[kWinogradPoints], vp (&v)[kWinogradPoints]) {
+    if constexpr (outputs == 4) {
+        const vp a = d[4] - (d[2] << 2), b = d[3] - (d[1] << 2), c = d[4] - d[2], e = (d[3] - d[1]) << 1;
+        v[0] = ((d[0] - d[2]) << 2) + c;
+        v[1] = a + b;
+        v[2] = a - b;
+        v[3] = c + e;
+        v[4] = c - e;
+        v[5] = d[5] - d[3] - (e << 1);
+    } else if constexpr (outputs == 3) {
+        const vp a = d[3] - d[1], b = d[3] - d[2];
+        v[0] = (((d[0] - d[2]) << 1) + a) << 1;
+        v[1] = (b - (d[1] << 1)) * 3;
+        v[2] = b - ((d[2] - d[1]) << 1);
+        v[3] = a << 2;
+        v[5] = d[4] - d[2] - (a << 1);
+    } else if constexpr (outputs == 2) {
+        v[0] = (d[0] - d[2]) << 2;
+        v[1] = (d[1] + d[2]) * -3;
+        v[2] = (d[1] - d[2]) * 3;
+        v[5] = d[3] - d[1];
+    } else {
+        v[0] = (d[0] - d[1]) << 2;
+        v[1] = d[1] * -6;
+        v[5] = d[2] - d[1];
+    }
 }
 
-// 6 x 6 pixels, as many numbers of each position side by side as there are channels, rounded up to whole vectors.
-void int8_winograd_numbers(const char* numbers, int64_t line, int64_t pixel, int64_t channels, char* out, int64_t position) {
+template <int down, int across>
+static void winograd_numbers(const WinogradNumbers& n) {
     constexpr int64_t kBytes = kChannels * sizeof(Number);
-    for (int64_t c = 0; c < channels; c += kChannels, numbers += kBytes, out += sizeof(vp)) {
-        vp columns[kWinogradSide][kWinogradSide];
+    const char* numbers = n.numbers;
+    char* out = n.out;
+    for (int64_t c = 0; c < n.channels; c += kChannels, numbers += kBytes, out += sizeof(vp)) {
+        vp columns[kWinogradPoints][kWinogradPoints];
 #pragma GCC unroll 6
-        for (int x = 0; x < kWinogradSide; ++x) {
-            vp d[kWinogradSide], v[kWinogradSide];
+        for (int x = 0; x < across + 2; ++x) {
+            vp d[kWinogradPoints], v[kWinogradPoints];
 #pragma GCC unroll 6
-            for (int y = 0; y < kWinogradSide; ++y) d[y] = take_numbers(numbers + y * line + x * pixel);
-            transform_numbers(d, v);
+            for (int y = 0; y < down + 2; ++y) d[y] = take_numbers(numbers + y * n.line + x * n.pixel);
+            transform_numbers<down>(d, v);
 #pragma GCC unroll 6
-            for (int y = 0; y < kWinogradSide; ++y) columns[y][x] = v[y];
+            for (int y = 0; y < kWinogradPoints; ++y) {
+                if (has_point(down, y)) columns[y][x] = v[y];
+            }
         }
-        char* to = out;
-        for (int y = 0; y < kWinogradSide; ++y) {
-            vp v[kWinogradSide];
-            transform_numbers(columns[y], v);
-            // What stands for 0 is in all numbers, and of all positions only this one is not left without it.
+        for (int y = 0; y < kWinogradPoints; ++y) {
+            if (!has_point(down, y)) continue;
+            vp v[kWinogradPoints];
+            transform_numbers<across>(columns[y], v);
+            // What stands for 0 is in all numbers, and of all points only this one is not left without it.
             if (y == 1) v[1] -= (int16_t)(36 * kZero);
 #pragma GCC unroll 6
-            for (int x = 0; x < kWinogradSide; ++x, to += position) __builtin_memcpy(to, &v[x], sizeof(vp));
+            for (int x = 0; x < kWinogradPoints; ++x) {
+                if (has_point(across, x)) __builtin_memcpy(out + (y * kWinogradPoints + x) * n.position, &v[x], sizeof(vp));
+            }
         }
     }
+}
+
+// A function of how many outputs there are each way, from 1 to 4.
+#define FASTKD_OF_TILE(function)                                                                  \
+    {                                                                                             \
+        {function<1, 1>, function<1, 2>, function<1, 3>, function<1, 4>},                         \
+            {function<2, 1>, function<2, 2>, function<2, 3>, function<2, 4>},                     \
+            {function<3, 1>, function<3, 2>, function<3, 3>, function<3, 4>},                     \
+            {function<4, 1>, function<4, 2>, function<4, 3>, function<4, 4>},                     \
+    }
+
+void int8_winograd_numbers(const WinogradNumbers& n) {
+    static constexpr void (*kOfTile[kWinogradTile][kWinogradTile])(const WinogradNumbers&) = FASTKD_OF_TILE(winograd_numbers);
+    kOfTile[n.down - 1][n.across - 1](n);
 }
 
 // Two numbers of 16 bits to a word, numbers and weights.
@@ -83,41 +127,65 @@ void int8_winograd_products(const Int8Rows& a, int rows, int panels, const char*
     products_by<ProductTile<PairWords>>(a, rows, panels, block, sums);
 }
 
-FASTKD_INLINE void transform_sums(const vu (&m)[kWinogradSide], vu (&y)[kWinogradTile]) {
-    const vu s = m[1] + m[2], d = m[1] - m[2], t = m[3] + m[4], e = (m[3] - m[4]) << 1;
-    y[0] = m[0] + s + t;
-    y[1] = d + e;
-    y[2] = s + (t << 2);
-    y[3] = d + ((e + m[5]) << 2);
+template <int outputs>
+FASTKD_INLINE void transform_sums(const vu (&m)[kWinogradPoints], vu (&y)[kWinogradTile]) {
+    if constexpr (outputs == 1) {
+        y[0] = m[0] + m[1] + (m[5] << 2);
+        return;
+    }
+    const vu s = m[1] + m[2], d = m[1] - m[2];
+    if constexpr (outputs == 2) {
+        y[0] = m[0] + s;
+        y[1] = d + (m[5] << 2);
+    } else if constexpr (outputs == 3) {
+        y[0] = m[0] + s + m[3];
+        y[1] = d + (m[3] << 1);
+        y[2] = s + ((m[3] + m[5]) << 2);
+    } else {
+        const vu t = m[3] + m[4], e = (m[3] - m[4]) << 1;
+        y[0] = m[0] + s + t;
+        y[1] = d + e;
+        y[2] = s + (t << 2);
+        y[3] = d + ((e + m[5]) << 2);
+    }
 }
 
-// From the sums of the 36 positions to those of 4 x 4 outputs, of whole panels.
-void int8_winograd_sums(const int32_t* sums, int64_t position, int64_t columns, int32_t* out, int64_t line, int64_t pixel) {
-    for (int64_t c = 0; c < columns; c += W) {
-        vu lines[kWinogradTile][kWinogradSide];
+template <int down, int across>
+static void winograd_sums(const WinogradSums& s) {
+    for (int64_t c = 0; c < s.columns; c += W) {
+        vu lines[kWinogradTile][kWinogradPoints];
 #pragma GCC unroll 6
-        for (int x = 0; x < kWinogradSide; ++x) {
-            vu m[kWinogradSide], y[kWinogradTile];
+        for (int x = 0; x < kWinogradPoints; ++x) {
+            if (!has_point(across, x)) continue;
+            vu m[kWinogradPoints], y[kWinogradTile];
 #pragma GCC unroll 6
-            for (int i = 0; i < kWinogradSide; ++i) {
-                __builtin_memcpy(&m[i], sums + (i * kWinogradSide + x) * position + c, sizeof(vu));
+            for (int i = 0; i < kWinogradPoints; ++i) {
+                if (!has_point(down, i)) continue;
+                __builtin_memcpy(&m[i], s.sums + (i * kWinogradPoints + x) * s.position + c, sizeof(vu));
             }
-            transform_sums(m, y);
+            transform_sums<down>(m, y);
 #pragma GCC unroll 4
-            for (int i = 0; i < kWinogradTile; ++i) lines[i][x] = y[i];
+            for (int i = 0; i < down; ++i) lines[i][x] = y[i];
         }
 #pragma GCC unroll 4
-        for (int i = 0; i < kWinogradTile; ++i) {
+        for (int i = 0; i < down; ++i) {
             vu y[kWinogradTile];
-            transform_sums(lines[i], y);
+            transform_sums<across>(lines[i], y);
 #pragma GCC unroll 4
-            for (int x = 0; x < kWinogradTile; ++x) {
+            for (int x = 0; x < across; ++x) {
                 const vi sum = (vi)(y[x] * 0x38e38e39u) >> 6;  // the inverse of 9 modulo 2^32
-                __builtin_memcpy(out + i * line + x * pixel + c, &sum, sizeof sum);
+                __builtin_memcpy(s.out + i * s.line + x * s.pixel + c, &sum, sizeof sum);
             }
         }
     }
 }
+
+void int8_winograd_sums(const WinogradSums& s) {
+    static constexpr void (*kOfTile[kWinogradTile][kWinogradTile])(const WinogradSums&) = FASTKD_OF_TILE(winograd_sums);
+    kOfTile[s.down - 1][s.across - 1](s);
+}
+
+#undef FASTKD_OF_TILE
 
 }  // namespace
 }  // namespace fastkd

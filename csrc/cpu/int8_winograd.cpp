@@ -1,5 +1,7 @@
 #include "int8_winograd.h"
 
+#include <vector>
+
 #include "int8_images.h"
 #include "isa.h"
 #include "logit_task.h"
@@ -8,21 +10,47 @@
 namespace fastkd {
 namespace {
 
-constexpr int64_t kBatch = 36;  // tiles at a time: what becomes of them is still in a cache of the core when it is read, and no weight is read for few
-constexpr int64_t kRun = 8;       // tiles side by side, whose outputs are finished together
-// What it costs, measured, in products of two bytes, of which the other way has one for each tap: the transforms of a channel
-// of a tile, and a byte of weights that comes from another core's or the last cache, or from memory.
-constexpr double kTransforms = 1250, kReadNear = 3, kRead = 7, kNear = 1 << 20, kFar = 8 << 20;
-constexpr double kWorth = 1.1;
-constexpr int64_t kFewest = 6;  // tiles: fewer take as long, for then weights are what is waited for
+constexpr int64_t kBatch = 36;  // tiles at a time: no weight is read for few, and what becomes of them stays near
+constexpr int64_t kRun = 8;     // tiles side by side, whose outputs are finished together
 constexpr int64_t kPixels = kRun * kWinogradTile;
+constexpr int64_t kMostVector = 32;  // numbers that are transformed together
 
 struct alignas(64) Stage {
     int32_t sums[kWinogradTile][kPixels * kMostColumns];
     int32_t turned[kPixels * kMostColumns];
 };
 
-int64_t tiles_of(int64_t pixels) { return (pixels + kWinogradTile - 1) / kWinogradTile; }
+// A point's products are part of every tile that has at least so many outputs.
+int64_t least_outputs(int64_t point) { return point <= 1 || point == kWinogradPoints - 1 ? 1 : point; }
+
+// The outputs of images, tile by tile; the last of each line and column may have fewer each way.
+class Tiles {
+  public:
+    Tiles(const Int8Images& i) : height(i.output_size(0, i.height)), width(i.output_size(1, i.width)) {}
+
+    struct Tile {
+        int64_t image, y, x;  // of the first output
+        int down, across;     // outputs
+    };
+
+    int64_t across() const { return tiles_of(width); }
+    int64_t of_image() const { return tiles_of(height) * across(); }
+    // Of all tiles of an image.
+    int64_t positions() const { return (height + 2 * tiles_of(height)) * (width + 2 * across()); }
+
+    Tile operator[](int64_t i) const {
+        const int64_t y = i % of_image() / across() * kWinogradTile, x = i % across() * kWinogradTile;
+        return {i / of_image(), y, x, outputs(height - y), outputs(width - x)};
+    }
+    static bool is_lower(const Tile& t) { return t.down < kWinogradTile; }
+    static bool is_narrower(const Tile& t) { return t.across < kWinogradTile; }
+
+    const int64_t height, width;  // of the output
+
+  private:
+    static int64_t tiles_of(int64_t pixels) { return (pixels + kWinogradTile - 1) / kWinogradTile; }
+    static int outputs(int64_t left) { return static_cast<int>(std::min<int64_t>(left, kWinogradTile)); }
+};
 
 // Batches of as many tiles, and parts of all columns, so that each thread has one: of few tiles each takes all for some of
 // the columns rather than to read all weights for fewer still.
@@ -36,11 +64,50 @@ Split split(int64_t tiles, const Packing& p, int threads) {
     return {std::min(tiles, (fewest + shares - 1) / shares * shares), parts};
 }
 
-// Tiles of some images, one after the other.
-struct Tiles {
-    int64_t height, width;  // of the output
-    int64_t down, across;
-    int64_t of_image() const { return down * across; }
+// Rows of a batch: whole tiles first, then those that are narrower, those that are lower, and those that are both. Each point
+// has those of all, or of all that are not narrower, not lower, or neither.
+class Order {
+  public:
+    enum Kind { all, wide, tall, whole };
+
+    void sort(const Tiles& t, int64_t begin, int64_t end, int64_t most) {
+        int64_t counts[4]{};
+        for (int64_t i = begin; i < end; ++i) ++counts[class_of(t[i])];
+        int64_t next[4]{};
+        for (int c = 1; c < 4; ++c) next[c] = next[c - 1] + counts[c - 1];
+        const int64_t narrower = next[1], lower = next[2], both = next[3];
+        rows_.clear();
+        for (int64_t i = begin; i < end; ++i) rows_.push_back(next[class_of(t[i])]++);
+        for (std::vector<Piece>& pieces : pieces_) pieces.clear();
+        cut(pieces_[all], 0, end - begin, most);
+        cut(pieces_[wide], 0, narrower, most);
+        cut(pieces_[wide], lower, both, most);
+        cut(pieces_[tall], 0, lower, most);
+        cut(pieces_[whole], 0, narrower, most);
+    }
+
+    // Some rows that follow each other: as many as the registers hold sums of, at most.
+    struct Piece {
+        int64_t first;
+        int rows;
+    };
+    const std::vector<Piece>& pieces(Kind kind) const { return pieces_[kind]; }
+    int64_t row(int64_t i) const { return rows_[i]; }
+
+  private:
+    static int class_of(const Tiles::Tile& t) { return 2 * Tiles::is_lower(t) + Tiles::is_narrower(t); }
+
+    // As alike as can be.
+    static void cut(std::vector<Piece>& pieces, int64_t begin, int64_t end, int64_t most) {
+        const int64_t count = end - begin, number = (count + most - 1) / most;
+        for (int64_t i = 0; i < number; ++i) {
+            const int64_t first = i * count / number;
+            pieces.push_back({begin + first, static_cast<int>((i + 1) * count / number - first)});
+        }
+    }
+
+    std::vector<int64_t> rows_;
+    std::vector<Piece> pieces_[4];
 };
 
 class Batch {
@@ -48,73 +115,69 @@ class Batch {
     Batch(const QuantisedImages& q, const Tiles& t, const Packing& p, const WinogradPacking& w, const char* packed,
           const Int8Epilogue& e, int64_t count)
         : q_(q), t_(t), p_(p), w_(w), packed_(packed), e_(e), kernels_(active_instruction_set().int8),
-          row_bytes_(odd_lines((p.shape.terms + kMostVector - 1) / kMostVector * kMostVector * 2)), position_bytes_(odd_lines(count * row_bytes_)),
+          row_bytes_(odd_lines((p.shape.terms + kMostVector - 1) / kMostVector * kMostVector * sizeof(int16_t))),
+          position_bytes_(odd_lines(count * row_bytes_)),
           position_sums_(odd_lines(count * std::min<int64_t>(p.panels, p.layout.panels) * p.layout.lanes * 4) / 4),
           numbers_(kWinogradPositions * position_bytes_), sums_(kWinogradPositions * position_sums_ * sizeof(int32_t)),
           stage_(sizeof(Stage)) {}
 
     // Tiles from `begin` to `end`, and blocks of columns from `first` to `last`.
     void compute(int64_t begin, int64_t end, int64_t first, int64_t last) {
-        for (int64_t tile = begin; tile < end; ++tile) transform(tile, numbers_.data() + (tile - begin) * row_bytes_);
+        order_.sort(t_, begin, end, p_.layout.rows_of(static_cast<int>(w_.panels(0))));
+        for (int64_t i = begin; i < end; ++i) transform(t_[i], numbers_.data() + order_.row(i - begin) * row_bytes_);
         for (int64_t block = first; block < last; ++block) {
-            multiply(block, end - begin);
-            for (int64_t tile = begin; tile < end;) {
-                const int64_t left = t_.across - tile % t_.across, run = std::min({left, end - tile, kRun});
-                finish(block, tile, run, sums() + (tile - begin) * pitch(block));
-                tile += run;
+            multiply(block);
+            for (int64_t i = begin; i < end;) {
+                const int64_t left = t_.across() - i % t_.across(), run = std::min({left, end - i, kRun});
+                finish(block, i, i - begin, run);
+                i += run;
             }
         }
     }
 
   private:
-    static constexpr int64_t kMostVector = 32;  // numbers that are transformed together
-
     int32_t* sums() const { return reinterpret_cast<int32_t*>(sums_.data()); }
     int64_t pitch(int64_t block) const { return w_.panels(block) * p_.layout.lanes; }
 
-    void transform(int64_t tile, char* out) {
-        const int64_t image = tile / t_.of_image(), y = tile % t_.of_image() / t_.across, x = tile % t_.across;
-        const char* numbers = q_.numbers.data() + image * q_.image_bytes;
-        kernels_.winograd_numbers(numbers + kWinogradTile * (y * q_.line_bytes + x * q_.pixel_bytes), q_.line_bytes,
-                                  q_.pixel_bytes, p_.shape.terms, out, position_bytes_);
+    void transform(const Tiles::Tile& t, char* out) {
+        const char* numbers = q_.numbers.data() + t.image * q_.image_bytes + t.y * q_.line_bytes + t.x * q_.pixel_bytes;
+        kernels_.winograd_numbers({t.down, t.across, numbers, q_.line_bytes, q_.pixel_bytes, p_.shape.terms, out, position_bytes_});
     }
 
-    // Of all positions, the same rows at a time: as many as the registers hold, and as alike as can be.
-    void multiply(int64_t block, int64_t count) {
+    void multiply(int64_t block) {
         const int panels = static_cast<int>(w_.panels(block));
-        const int64_t most = p_.layout.rows_of(panels), calls = (count + most - 1) / most, pitch = this->pitch(block);
-        rows_.resize(calls);
-        for (int64_t c = 0; c < calls; ++c) rows_[c] = static_cast<int>((c + 1) * count / calls - c * count / calls);
         const Run run{0, w_.words};
         Int8Rows a{{}, &run, 1, w_.words, nullptr, kLine, nullptr};
         for (int64_t position = 0; position < kWinogradPositions; ++position) {
+            const bool tall = least_outputs(position / kWinogradPoints) > lowest_, wide = least_outputs(position % kWinogradPoints) > narrowest_;
             const char *weights = packed_ + w_.offset(block, position), *numbers = numbers_.data() + position * position_bytes_;
-            int32_t* sums = this->sums() + position * position_sums_;
             a.ahead = weights + panels * w_.panel_bytes;  // the next position's
-            for (const int rows : rows_) {
-                for (int r = 0; r < rows; ++r, numbers += row_bytes_) a.at[r] = numbers;
-                kernels_.winograd_products(a, rows, panels, weights, sums);
-                sums += rows * pitch, a.ahead += w_.words * kLine;
+            for (const Order::Piece& piece : order_.pieces(tall ? (wide ? Order::whole : Order::tall) : (wide ? Order::wide : Order::all))) {
+                for (int r = 0; r < piece.rows; ++r) a.at[r] = numbers + (piece.first + r) * row_bytes_;
+                int32_t* to = sums() + position * position_sums_ + piece.first * pitch(block);
+                kernels_.winograd_products(a, piece.rows, panels, weights, to);
+                a.ahead += w_.words * kLine;
             }
         }
     }
 
-    void finish(int64_t block, int64_t tile, int64_t count, const int32_t* sums) {
+    // Tiles side by side, of which the first is number `at` of the batch.
+    void finish(int64_t block, int64_t first, int64_t at, int64_t count) {
         Stage& stage = *reinterpret_cast<Stage*>(stage_.data());
-        const int64_t pitch = this->pitch(block), first = p_.first_panel(block) * p_.layout.lanes;
-        const int64_t image = tile / t_.of_image(), top = tile % t_.of_image() / t_.across * kWinogradTile;
-        const int64_t begin = tile % t_.across * kWinogradTile, end = std::min(begin + count * kWinogradTile, t_.width);
+        const int64_t pitch = this->pitch(block), channel = p_.first_panel(block) * p_.layout.lanes;
         for (int64_t i = 0; i < count; ++i) {
-            kernels_.winograd_sums(sums + i * pitch, position_sums_, pitch, stage.sums[0] + i * kWinogradTile * pitch,
-                                   kPixels * kMostColumns, pitch);
+            const Tiles::Tile t = t_[first + i];
+            kernels_.winograd_sums({t.down, t.across, sums() + order_.row(at + i) * pitch, position_sums_, pitch,
+                                    stage.sums[0] + i * kWinogradTile * pitch, kPixels * kMostColumns, pitch});
         }
-        for (int64_t y = 0; y < std::min<int64_t>(kWinogradTile, t_.height - top); ++y) {
-            const int64_t line = (top + y) * t_.width;
-            Int8Lines l = e_.lines(image, t_.height * t_.width, p_.shape.channels, line + begin, line + end, first,
-                                   std::min(pitch, p_.columns - first));
+        const Tiles::Tile from = t_[first], to = t_[first + count - 1];
+        for (int y = 0; y < from.down; ++y) {
+            const int64_t line = (from.y + y) * t_.width;
+            Int8Lines l = e_.lines(from.image, t_.height * t_.width, p_.shape.channels, line + from.x, line + to.x + to.across,
+                                   channel, std::min(pitch, p_.columns - channel));
             l.sums = stage.sums[y], l.pitch = pitch;
             if (e_.planes) {
-                kernels_.transpose(stage.sums[y], end - begin, pitch, stage.turned, kPixels);
+                kernels_.transpose(stage.sums[y], to.x + to.across - from.x, pitch, stage.turned, kPixels);
                 l.sums = stage.turned, l.pitch = kPixels;
             }
             kernels_.finish(l);
@@ -128,37 +191,48 @@ class Batch {
     const char* packed_;
     const Int8Epilogue& e_;
     const Int8Kernels& kernels_;
+    const int64_t lowest_ = t_[t_.of_image() - 1].down, narrowest_ = t_[t_.of_image() - 1].across;
     const int64_t row_bytes_, position_bytes_, position_sums_;
     const Scratch numbers_, sums_, stage_;
-    std::vector<int> rows_;
+    Order order_;
 };
+
+// What it costs, measured, in products of two bytes: the transforms of a channel of a tile, and a byte of weights that comes
+// from a core's own cache, or from farther away.
+constexpr double kTransforms = 1250, kReadNear = 3, kRead = 7;
+constexpr int64_t kNear = 1 << 20, kFar = 8 << 20;
+constexpr int64_t kFewest = 6;  // tiles: with fewer, weights are what is waited for
+constexpr double kWorth = 1.1;
+
+bool is_possible(const Int8Images& i, const Packing& p) {
+    for (int axis = 0; axis < 2; ++axis) {
+        if (i.kernel[axis] != 3 || i.stride[axis] != 1 || i.dilation[axis] != 1) return false;
+    }
+    return p.shape.groups == 1 && !p.depthwise && p.parts == 1;
+}
 
 }  // namespace
 
 bool int8_winograd_pays(const Int8Images& i, const Packing& p, int threads) {
-    for (int axis = 0; axis < 2; ++axis) {
-        if (i.kernel[axis] != 3 || i.stride[axis] != 1 || i.dilation[axis] != 1) return false;
-    }
-    if (p.shape.groups != 1 || p.depthwise || p.parts > 1) return false;
-    const int64_t height = i.output_size(0, i.height), width = i.output_size(1, i.width);
-    const int64_t tiles = i.count * tiles_of(height) * tiles_of(width);
-    if (tiles == 0 || p.shape.channels == 0) return false;
-    const double weights = static_cast<double>(p.shape.terms) * p.shape.channels, bytes = 8.0 * 9 * weights;
-    const double direct = 9 * weights * i.count * height * width * (p.four ? 1 : 2);
-    const double read = bytes < kNear ? 0 : bytes < kFar ? kReadNear : kRead;
-    const double products = 2 * kWinogradPositions * weights * std::max(tiles, kFewest);
+    if (!is_possible(i, p)) return false;
+    const Tiles t(i);
+    const int64_t tiles = i.count * t.of_image(), weights = p.shape.terms * p.shape.channels, bytes = 8 * 9 * weights;
+    if (tiles * weights == 0) return false;
+    const double products = static_cast<double>(weights) * i.count;
+    const double direct = products * 9 * t.height * t.width * (p.four ? 1 : 2);  // two bytes take two products elsewhere
     const double transforms = kTransforms * (p.shape.terms + p.shape.channels) * tiles;
-    return direct > kWorth * (products + transforms + read * bytes * split(tiles, p, threads).batches);
+    const double reading = (bytes < kNear ? 0 : bytes < kFar ? kReadNear : kRead) * bytes * split(tiles, p, threads).batches;
+    const double filtered = 2 * std::max<double>(products * t.positions(), weights * kWinogradPositions * kFewest);
+    return direct > kWorth * (filtered + transforms + reading);
 }
 
 void int8_winograd(const Int8Layer& l, const Int8Images& i, const Packing& p) {
-    const int64_t height = i.output_size(0, i.height), width = i.output_size(1, i.width);
-    const int64_t size = p.shape.channels * height * width * element_size(l.dtype);
+    const Tiles tiles(i);
+    const int64_t size = p.shape.channels * tiles.height * tiles.width * element_size(l.dtype);
     if (i.count * size == 0) return;
     prefer_huge_pages(l.output, i.count * size);
-    const Tiles tiles{height, width, tiles_of(height), tiles_of(width)};
     const WinogradPacking w(p);
-    QuantisedImages q(l, i, p, {tiles.down * kWinogradTile - height, tiles.across * kWinogradTile - width});
+    QuantisedImages q(l, i, p);
     for (int64_t first = 0; first < i.count; first += q.room) {
         const int64_t images = std::min(q.room, i.count - first), count = images * tiles.of_image();
         q.fill(first, images);

@@ -14,16 +14,16 @@ constexpr int64_t kLargest = 1 << 25;  // outputs are known modulo 2^26
 // Three taps of a line, at six points.
 void transform(const int32_t* g, int64_t stride, int32_t* u, int64_t step) {
     const int32_t a = g[0], b = g[stride], c = g[2 * stride];
-    const int32_t row[kWinogradSide] = {6 * a, -4 * (a + b + c), -4 * (a - b + c), a + 2 * b + 4 * c, a - 2 * b + 4 * c, 6 * c};
-    for (int i = 0; i < kWinogradSide; ++i) u[i * step] = row[i];
+    const int32_t row[kWinogradPoints] = {6 * a, -4 * (a + b + c), -4 * (a - b + c), a + 2 * b + 4 * c, a - 2 * b + 4 * c, 6 * c};
+    for (int i = 0; i < kWinogradPoints; ++i) u[i * step] = row[i];
 }
 
 // At most 12 * 12 * 128: 16 bits.
 void transform(const int8_t* weight, int32_t* u) {
-    int32_t g[kTaps], lines[3 * kWinogradSide];
+    int32_t g[kTaps], lines[3 * kWinogradPoints];
     for (int64_t i = 0; i < kTaps; ++i) g[i] = weight[i];
     for (int64_t x = 0; x < 3; ++x) transform(g + x, 3, lines + x, 3);
-    for (int64_t y = 0; y < kWinogradSide; ++y) transform(lines + 3 * y, 1, u + kWinogradSide * y, 1);
+    for (int64_t y = 0; y < kWinogradPoints; ++y) transform(lines + 3 * y, 1, u + kWinogradPoints * y, 1);
 }
 
 // A piece of `width` columns from `first` on: of every position, `stride` bytes apart.

@@ -3,7 +3,7 @@
 The shapes are those of a ResNet and of a depthwise layer. A scale of the input is known beforehand for torch's static
 layer and for ``fastkd-static``, and found image by image for ``fastkd``; torch's quantisation of the input and
 dequantisation of the output are counted. Errors are relative to the float layer in float64, bias left out. The roof is
-as many products of the same instruction in registers alone.
+as many products as the taps have, of the same instruction in registers alone; Winograd's algorithm does with fewer.
 """
 
 from __future__ import annotations

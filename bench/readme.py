@@ -123,11 +123,13 @@ def _outliers_caption(rows: Sequence[Row]) -> str:
 
 
 def _int8_caption(layers: str, machine: str, rows: Sequence[Row]) -> str:
+    over = any(float(row["percent_of_matmul"] or 0) > 100 for row in rows)
+    fewer = "; more than all of it, where fewer products do" if over else ""
     text = (
         f"{layers} from float input to float output, with the rounding of the input. "
         f"{_circumstances(machine, rows, 'forward')} Of peak: what part of its time the products alone take, made in "
-        f"registers by the same instruction ({_range(rows, 'matmul_gflop_per_s', 'GFLOP/s')}). The error is that of "
-        f"the output, relative to float64. {_commands(rows)}"
+        f"registers by the same instruction ({_range(rows, 'matmul_gflop_per_s', 'GFLOP/s')}){fewer}. The error is "
+        f"that of the output, relative to float64. {_commands(rows)}"
     )
     return text + (_wide_note() if any(map(record.is_wide, rows)) else "")
 

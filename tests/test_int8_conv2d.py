@@ -124,6 +124,26 @@ def test_lines_that_no_output_reads_belong_to_the_image(
     assert got.isnan().flatten(1).all(1).tolist() == got.isnan().flatten(1).any(1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("step", [None, 0.5])
+@pytest.mark.parametrize("padding", [0, 1, 3])
+def test_pixels_that_no_output_reads_belong_to_the_image(
+    impl: str, padding: int, form: torch.memory_format, step: float | None
+) -> None:
+    """With one tap and strides most of them are not even rounded. Each is tried, in an image of its own."""
+    sides = 5, 7
+    x, w, scale, bias = flat(35, 5, *sides).to(memory_format=form), weights(7, 5, 1, 1), scales(7), flat(7)
+    options = {"input_scale": None if step is None else torch.tensor(step), "impl": impl}
+    window: dict[str, Any] = {"stride": (2, 3), "padding": padding}
+    for i, (large, nan) in enumerate(zip(x.clone(), x, strict=True)):
+        large[2, i // 7, i % 7], nan[2, i // 7, i % 7] = 100.0, torch.nan
+        one = large[None].contiguous(memory_format=form)
+        assert_same_bits(
+            int8.conv2d(one, w, scale, bias, **options, **window), conv2d(one, w, scale, bias, step, **window)
+        )
+    assert int8.conv2d(x, w, scale, bias, **options, **window).isnan().all()
+
+
 def test_an_image_of_zeros_gives_the_bias(impl: str) -> None:
     bias = flat(7)
     got = int8.conv2d(torch.zeros(2, 5, 9, 9), weights(7, 5, 3, 3), scales(7), bias, padding=1, impl=impl)

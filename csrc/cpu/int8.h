@@ -112,8 +112,8 @@ struct Int8Pixels {
     int32_t* sums;             // kPixelChannels of each pixel; of up to three more for nothing
 };
 
-// A tile of a convolution of 3 x 3 taps: int8_winograd-inl.h. From the numbers of its pixels to a row at each position, and from
-// the sums of these rows' products to those of the outputs.
+// A tile of a convolution of 3 x 3 taps, int8_winograd-inl.h: from the numbers of its pixels to a row at each position, and
+// from the sums of these rows' products to those of the outputs.
 struct WinogradNumbers {
     int down, across;     // outputs
     const char* numbers;  // of the first pixel

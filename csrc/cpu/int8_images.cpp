@@ -121,7 +121,8 @@ uint32_t QuantisedImages::quantize(const char* x, int64_t count, float step, cha
 }
 
 uint32_t QuantisedImages::fill_from_pixels(const char* x, int64_t pixels, float step, char* line, char* out) const {
-    const int64_t count = pixels * channels_.count(), taken = channels_.terms * kernels_.layout.bytes(), given = channels_.bytes;
+    const int64_t count = pixels * channels_.count();
+    const int64_t taken = channels_.terms * kernels_.layout.bytes(), given = channels_.bytes;
     if (taken == given) return quantize(x, count, step, out);
     const uint32_t most = quantize(x, count, step, line);
     // Whole words, which end with the next pixel's first numbers: their weights are 0.

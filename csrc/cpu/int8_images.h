@@ -42,7 +42,9 @@ class QuantisedImages {
     std::vector<uint32_t> largest_;  // of each band
 
     const char* input(int64_t number) const { return static_cast<const char*>(l_.input) + number * element_size(l_.dtype); }
-    const char* line_of(int64_t image, int64_t y) const { return input((image * i_.height + y) * i_.width * channels_.count()); }
+    const char* line_of(int64_t image, int64_t y) const {
+        return input((image * i_.height + y) * i_.width * channels_.count());
+    }
     uint32_t fill_band(int64_t image, int64_t band, float step, char* line, char* out) const;
     uint32_t fill_from_planes(int64_t image, int64_t y, int64_t lines, float step, char* out) const;
     uint32_t fill_from_pixels(const char* x, int64_t pixels, float step, char* line, char* out) const;

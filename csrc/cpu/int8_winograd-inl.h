@@ -12,9 +12,10 @@
 namespace fastkd {
 namespace {
 
-// Numbers of 16 bits, two to a lane.
+// Numbers of 16 bits, two to a lane. Without a sign, for what follows the channels may overflow.
 constexpr int kChannels = 2 * W;
-typedef int16_t vp __attribute__((vector_size(4 * W)));
+constexpr uint16_t kMinus3 = 65536 - 3, kMinus6 = 65536 - 6;
+typedef uint16_t vp __attribute__((vector_size(4 * W)));
 
 // Of the numbers of kChannels.
 FASTKD_INLINE vp take_numbers(const char* p) {
@@ -49,12 +50,12 @@ FASTKD_INLINE void transform_numbers(const vp (&d)[kWinogradPoints], vp (&v)[kWi
         v[5] = d[4] - d[2] - (a << 1);
     } else if constexpr (outputs == 2) {
         v[0] = (d[0] - d[2]) << 2;
-        v[1] = (d[1] + d[2]) * -3;
+        v[1] = (d[1] + d[2]) * kMinus3;
         v[2] = (d[1] - d[2]) * 3;
         v[5] = d[3] - d[1];
     } else {
         v[0] = (d[0] - d[1]) << 2;
-        v[1] = d[1] * -6;
+        v[1] = d[1] * kMinus6;
         v[5] = d[2] - d[1];
     }
 }
@@ -82,7 +83,7 @@ static void winograd_numbers(const WinogradNumbers& n) {
             vp v[kWinogradPoints];
             transform_numbers<across>(columns[y], v);
             // What stands for 0 is in all numbers, and of all points only this one is not left without it.
-            if (y == 1) v[1] -= (int16_t)(36 * kZero);
+            if (y == 1) v[1] -= (uint16_t)(36 * kZero);
 #pragma GCC unroll 6
             for (int x = 0; x < kWinogradPoints; ++x) {
                 if (has_point(across, x)) __builtin_memcpy(out + (y * kWinogradPoints + x) * n.position, &v[x], sizeof(vp));

@@ -42,8 +42,6 @@ class Tiles {
         const int64_t y = i % of_image() / across() * kWinogradTile, x = i % across() * kWinogradTile;
         return {i / of_image(), y, x, outputs(height - y), outputs(width - x)};
     }
-    static bool is_lower(const Tile& t) { return t.down < kWinogradTile; }
-    static bool is_narrower(const Tile& t) { return t.across < kWinogradTile; }
 
     const int64_t height, width;  // of the output
 
@@ -64,26 +62,25 @@ Split split(int64_t tiles, const Packing& p, int threads) {
     return {std::min(tiles, (fewest + shares - 1) / shares * shares), parts};
 }
 
-// Rows of a batch: whole tiles first, then those that are narrower, those that are lower, and those that are both. Each point
-// has those of all, or of all that are not narrower, not lower, or neither.
+// Rows of a batch: whole tiles first, then those that are narrower, those that are lower, and those that are both. A point may
+// be part of tall tiles only, of wide ones only, of those that are both, or of all.
 class Order {
   public:
-    enum Kind { all, wide, tall, whole };
-
     void sort(const Tiles& t, int64_t begin, int64_t end, int64_t most) {
-        int64_t counts[4]{};
-        for (int64_t i = begin; i < end; ++i) ++counts[class_of(t[i])];
-        int64_t next[4]{};
-        for (int c = 1; c < 4; ++c) next[c] = next[c - 1] + counts[c - 1];
+        int64_t counts[4]{}, next[4]{};
+        for (int64_t i = begin; i < end; ++i) ++counts[kind_of(t[i])];
+        for (int kind = 1; kind < 4; ++kind) next[kind] = next[kind - 1] + counts[kind - 1];
         const int64_t narrower = next[1], lower = next[2], both = next[3];
         rows_.clear();
-        for (int64_t i = begin; i < end; ++i) rows_.push_back(next[class_of(t[i])]++);
-        for (std::vector<Piece>& pieces : pieces_) pieces.clear();
-        cut(pieces_[all], 0, end - begin, most);
-        cut(pieces_[wide], 0, narrower, most);
-        cut(pieces_[wide], lower, both, most);
-        cut(pieces_[tall], 0, lower, most);
-        cut(pieces_[whole], 0, narrower, most);
+        for (int64_t i = begin; i < end; ++i) rows_.push_back(next[kind_of(t[i])]++);
+        for (auto& of_tall : pieces_) {
+            for (std::vector<Piece>& pieces : of_tall) pieces.clear();
+        }
+        cut(pieces_[false][false], 0, end - begin, most);
+        cut(pieces_[true][false], 0, lower, most);
+        cut(pieces_[false][true], 0, narrower, most);
+        cut(pieces_[false][true], lower, both, most);
+        cut(pieces_[true][true], 0, narrower, most);
     }
 
     // Some rows that follow each other: as many as the registers hold sums of, at most.
@@ -91,11 +88,11 @@ class Order {
         int64_t first;
         int rows;
     };
-    const std::vector<Piece>& pieces(Kind kind) const { return pieces_[kind]; }
+    const std::vector<Piece>& pieces(bool tall, bool wide) const { return pieces_[tall][wide]; }
     int64_t row(int64_t i) const { return rows_[i]; }
 
   private:
-    static int class_of(const Tiles::Tile& t) { return 2 * Tiles::is_lower(t) + Tiles::is_narrower(t); }
+    static int kind_of(const Tiles::Tile& t) { return 2 * (t.down < kWinogradTile) + (t.across < kWinogradTile); }
 
     // As alike as can be.
     static void cut(std::vector<Piece>& pieces, int64_t begin, int64_t end, int64_t most) {
@@ -107,7 +104,7 @@ class Order {
     }
 
     std::vector<int64_t> rows_;
-    std::vector<Piece> pieces_[4];
+    std::vector<Piece> pieces_[2][2];
 };
 
 class Batch {
@@ -141,7 +138,8 @@ class Batch {
 
     void transform(const Tiles::Tile& t, char* out) {
         const char* numbers = q_.numbers.data() + t.image * q_.image_bytes + t.y * q_.line_bytes + t.x * q_.pixel_bytes;
-        kernels_.winograd_numbers({t.down, t.across, numbers, q_.line_bytes, q_.pixel_bytes, p_.shape.terms, out, position_bytes_});
+        const int64_t channels = p_.shape.terms;
+        kernels_.winograd_numbers({t.down, t.across, numbers, q_.line_bytes, q_.pixel_bytes, channels, out, position_bytes_});
     }
 
     void multiply(int64_t block) {
@@ -149,10 +147,11 @@ class Batch {
         const Run run{0, w_.words};
         Int8Rows a{{}, &run, 1, w_.words, nullptr, kLine, nullptr};
         for (int64_t position = 0; position < kWinogradPositions; ++position) {
-            const bool tall = least_outputs(position / kWinogradPoints) > lowest_, wide = least_outputs(position % kWinogradPoints) > narrowest_;
+            const bool tall = least_outputs(position / kWinogradPoints) > lowest_;
+            const bool wide = least_outputs(position % kWinogradPoints) > narrowest_;
             const char *weights = packed_ + w_.offset(block, position), *numbers = numbers_.data() + position * position_bytes_;
             a.ahead = weights + panels * w_.panel_bytes;  // the next position's
-            for (const Order::Piece& piece : order_.pieces(tall ? (wide ? Order::whole : Order::tall) : (wide ? Order::wide : Order::all))) {
+            for (const Order::Piece& piece : order_.pieces(tall, wide)) {
                 for (int r = 0; r < piece.rows; ++r) a.at[r] = numbers + (piece.first + r) * row_bytes_;
                 int32_t* to = sums() + position * position_sums_ + piece.first * pitch(block);
                 kernels_.winograd_products(a, piece.rows, panels, weights, to);

@@ -14,8 +14,12 @@ constexpr int64_t kLargest = 1 << 25;  // outputs are known modulo 2^26
 // Three taps of a line, at six points.
 void transform(const int32_t* g, int64_t stride, int32_t* u, int64_t step) {
     const int32_t a = g[0], b = g[stride], c = g[2 * stride];
-    const int32_t row[kWinogradPoints] = {6 * a, -4 * (a + b + c), -4 * (a - b + c), a + 2 * b + 4 * c, a - 2 * b + 4 * c, 6 * c};
-    for (int i = 0; i < kWinogradPoints; ++i) u[i * step] = row[i];
+    u[0 * step] = 6 * a;
+    u[1 * step] = -4 * (a + b + c);
+    u[2 * step] = -4 * (a - b + c);
+    u[3 * step] = a + 2 * b + 4 * c;
+    u[4 * step] = a - 2 * b + 4 * c;
+    u[5 * step] = 6 * c;
 }
 
 // At most 12 * 12 * 128: 16 bits.

@@ -103,8 +103,9 @@ class Strip {
         int64_t x = begin % g_.width, left = end - begin;
         const int64_t most = left > p_.layout.rows ? p_.layout.rows_of(panels) : p_.layout.rows;
         Int8Rows a{{}, runs.data(), static_cast<int64_t>(runs.size()), words, nullptr, 0, at_once};
-        for (int64_t tiles = (left + most - 1) / most; tiles > 0; --tiles) {  // as alike as can be
-            const int rows = static_cast<int>((left + tiles - 1) / tiles);
+        const int64_t tiles = (left + most - 1) / most, least = left / tiles, larger = left % tiles;  // as alike as can be
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            const int rows = static_cast<int>(least + (tile < larger));
             for (int r = 0; r < rows; ++r) {
                 a.at[r] = line + x * g_.pixel_stride;
                 if (++x == g_.width) x = 0, line += g_.line_stride;

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from int8_problems import ACTIVATIONS, DTYPES, assert_same_bits, conv2d, flat, int8, scales, weights
+from int8_problems import (
+    ACTIVATIONS,
+    DTYPES,
+    as_many_as_fill_the_caches,
+    assert_same_bits,
+    conv2d,
+    flat,
+    int8,
+    scales,
+    weights,
+)
 from torch import Tensor
 
 pytestmark = pytest.mark.native
@@ -88,6 +98,18 @@ def test_images_in_several_rounds_of_memory(calls: list[Any], form: torch.memory
     x, w, scale = flat(3, 40, 150, 160).to(memory_format=form), weights(20, 40, 3, 3), scales(20)
     assert_same_bits(int8.conv2d(x, w, scale, padding=1, impl="native"), conv2d(x, w, scale, None, padding=1))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_outputs_that_are_larger_than_the_caches(calls: list[Any], activation: str) -> None:
+    """They are written past these."""
+    count = as_many_as_fill_the_caches(4 * 64 * 30**2) + 2
+    x = flat(count, 3, 30, 30).to(memory_format=torch.channels_last)
+    w, scale, bias = weights(64, 3, 3, 3), scales(64), flat(64)
+    options: dict[str, Any] = {"padding": 1, "activation": activation, "impl": "native"}
+    for image, part in zip(x, int8.conv2d(x, w, scale, bias, **options), strict=True):
+        assert_same_bits(part, int8.conv2d(image, w, scale, bias, **options))
+    assert len(calls) == 1 + count
 
 
 @pytest.mark.parametrize("sign", [1, -1])

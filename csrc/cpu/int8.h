@@ -129,6 +129,7 @@ struct WinogradSums {
     int64_t position, columns;  // sums to the next position's; columns of whole panels
     int32_t* out;
     int64_t line, pixel;        // sums to the next
+    const Int8Lines* lines;     // of the first line of outputs, `line` of these apart, if sums go there at once; else null
 };
 
 struct Int8Kernels {

@@ -81,8 +81,7 @@ class Strip {
         if (g_.kind == Int8Grid::depthwise) numbers += first * kernels_.layout.bytes();
         Int8Lines l = lines(image, begin, end, group * p_.columns + first, std::min(pitch, p_.columns - first), pitch);
         const int64_t size = element_size(e_.dtype);
-        if (can_finish_at_once(l, pitch)) {
-            if (!l.bias) l.bias = kNoBias.zeros;
+        if (g_.kind == Int8Grid::words && p_.parts == 1 && finishes_at_once(l, pitch)) {
             multiply(numbers, begin, end, g_.runs[0], panels, p_.words_of(0), packed_ + p_.offset(group, 0, block), pitch, &l);
             return;
         }
@@ -115,12 +114,6 @@ class Strip {
             if (at_once) advance(*at_once, rows);
             left -= rows;
         }
-    }
-
-    bool can_finish_at_once(const Int8Lines& l, int64_t pitch) const {
-        const bool simple = l.activation == Activation::none || l.activation == Activation::relu;
-        return g_.kind == Int8Grid::words && p_.parts == 1 && !e_.planes && l.columns == pitch && l.dtype == Dtype::float32 &&
-               !l.residual && simple;
     }
 
     static void advance(Int8Lines& l, int rows) {
@@ -184,6 +177,13 @@ std::vector<std::vector<Run>> parts_of(const std::vector<Run>& taps, const Packi
         }
     }
     return parts;
+}
+
+bool finishes_at_once(Int8Lines& l, int64_t pitch) {
+    const bool simple = l.activation == Activation::none || l.activation == Activation::relu;
+    if (l.channels_are_lines || l.columns != pitch || l.dtype != Dtype::float32 || l.residual || !simple) return false;
+    if (!l.bias) l.bias = kNoBias.zeros;
+    return true;
 }
 
 Int8Lines Int8Epilogue::lines(int64_t image, int64_t pixels, int64_t channels, int64_t begin, int64_t end, int64_t channel,

@@ -34,6 +34,9 @@ struct Int8Epilogue {
                     int64_t columns) const;
 };
 
+// Whether sums of so many columns may go to the output from registers, all at once; `l` is then as that takes it.
+bool finishes_at_once(Int8Lines& l, int64_t pitch);
+
 // Whether all of an output is so large that its beginning has left the caches before somebody can read it. Written around
 // them, it is not read from memory first and drives nothing else out. `row_bytes` are written side by side: lines of the cache
 // must be whole. (As in memcpy of glibc: three quarters of the last cache. Of two layers in a row, 26 MB between them, this

@@ -151,7 +151,7 @@ FASTKD_INLINE void transform_sums(const vu (&m)[kWinogradPoints], vu (&y)[kWinog
     }
 }
 
-template <int down, int across>
+template <int down, int across, bool at_once>
 static void winograd_sums(const WinogradSums& s) {
     for (int64_t c = 0; c < s.columns; c += W) {
         vu lines[kWinogradTile][kWinogradPoints];
@@ -171,14 +171,25 @@ static void winograd_sums(const WinogradSums& s) {
 #pragma GCC unroll 4
         for (int i = 0; i < down; ++i) {
             vu y[kWinogradTile];
+            vi sums[across];
             transform_sums<across>(lines[i], y);
 #pragma GCC unroll 4
-            for (int x = 0; x < across; ++x) {
-                const vi sum = (vi)(y[x] * 0x38e38e39u) >> 6;  // the inverse of 9 modulo 2^32
-                __builtin_memcpy(s.out + i * s.line + x * s.pixel + c, &sum, sizeof sum);
+            for (int x = 0; x < across; ++x) sums[x] = (vi)(y[x] * 0x38e38e39u) >> 6;  // the inverse of 9 modulo 2^32
+            if (at_once) {
+                Int8Lines l = *s.lines;
+                l.output = static_cast<float*>(l.output) + i * s.line;
+                finish_tile<across, 1>(l, c, sums);
+                continue;
             }
+#pragma GCC unroll 4
+            for (int x = 0; x < across; ++x) __builtin_memcpy(s.out + i * s.line + x * s.pixel + c, &sums[x], sizeof(vi));
         }
     }
+}
+
+template <int down, int across>
+static void winograd_sums(const WinogradSums& s) {
+    s.lines ? winograd_sums<down, across, true>(s) : winograd_sums<down, across, false>(s);
 }
 
 void int8_winograd_sums(const WinogradSums& s) {

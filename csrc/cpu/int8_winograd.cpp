@@ -162,18 +162,26 @@ class Batch {
 
     // Tiles side by side, of which the first is number `at` of the batch.
     void finish(int64_t block, int64_t first, int64_t at, int64_t count) {
+        const int64_t pitch = this->pitch(block);
+        const Tiles::Tile from = t_[first], to = t_[first + count - 1];
+        Int8Lines l = lines(block, from, 0, to.x + to.across);
+        if (finishes_at_once(l, pitch)) {
+            for (int64_t i = 0; i < count; ++i) {
+                const Tiles::Tile t = t_[first + i];
+                kernels_.winograd_sums({t.down, t.across, sums() + order_.row(at + i) * pitch, position_sums_, pitch, nullptr,
+                                        t_.width * l.output_stride, 0, &l});
+                l.output = static_cast<float*>(l.output) + kWinogradTile * l.output_stride;
+            }
+            return;
+        }
         Stage& stage = *reinterpret_cast<Stage*>(stage_.data());
-        const int64_t pitch = this->pitch(block), channel = p_.first_panel(block) * p_.layout.lanes;
         for (int64_t i = 0; i < count; ++i) {
             const Tiles::Tile t = t_[first + i];
             kernels_.winograd_sums({t.down, t.across, sums() + order_.row(at + i) * pitch, position_sums_, pitch,
-                                    stage.sums[0] + i * kWinogradTile * pitch, kPixels * kMostColumns, pitch});
+                                    stage.sums[0] + i * kWinogradTile * pitch, kPixels * kMostColumns, pitch, nullptr});
         }
-        const Tiles::Tile from = t_[first], to = t_[first + count - 1];
         for (int y = 0; y < from.down; ++y) {
-            const int64_t line = (from.y + y) * t_.width;
-            Int8Lines l = e_.lines(from.image, t_.height * t_.width, p_.shape.channels, line + from.x, line + to.x + to.across,
-                                   channel, std::min(pitch, p_.columns - channel));
+            l = lines(block, from, y, to.x + to.across);
             l.sums = stage.sums[y], l.pitch = pitch;
             if (e_.planes) {
                 kernels_.transpose(stage.sums[y], to.x + to.across - from.x, pitch, stage.turned, kPixels);
@@ -181,6 +189,13 @@ class Batch {
             }
             kernels_.finish(l);
         }
+    }
+
+    // Of a line of outputs, from those of a tile to `end`.
+    Int8Lines lines(int64_t block, const Tiles::Tile& from, int y, int64_t end) const {
+        const int64_t channel = p_.first_panel(block) * p_.layout.lanes, line = (from.y + y) * t_.width;
+        return e_.lines(from.image, t_.height * t_.width, p_.shape.channels, line + from.x, line + end, channel,
+                        std::min(pitch(block), p_.columns - channel));
     }
 
     const QuantisedImages& q_;

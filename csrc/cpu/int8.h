@@ -123,6 +123,11 @@ struct WinogradNumbers {
     int64_t position;     // bytes to the next position's
 };
 
+// The points of a line of so many outputs, the last being infinity. (Each unit has its own: vec.h.)
+static constexpr bool has_winograd_point(int outputs, int point) {
+    return point <= outputs || point == kWinogradPoints - 1;
+}
+
 struct WinogradSums {
     int down, across;
     const int32_t* sums;

@@ -28,9 +28,6 @@ FASTKD_INLINE vp take_numbers(const char* p) {
 #endif
 }
 
-// The points of so many outputs, infinity being the last.
-constexpr bool has_point(int outputs, int i) { return i <= outputs || i == kWinogradPoints - 1; }
-
 template <int outputs>
 FASTKD_INLINE void transform_numbers(const vp (&d)[kWinogradPoints], vp (&v)[kWinogradPoints]) {
     if constexpr (outputs == 4) {
@@ -75,18 +72,18 @@ static void winograd_numbers(const WinogradNumbers& n) {
             transform_numbers<down>(d, v);
 #pragma GCC unroll 6
             for (int y = 0; y < kWinogradPoints; ++y) {
-                if (has_point(down, y)) columns[y][x] = v[y];
+                if (has_winograd_point(down, y)) columns[y][x] = v[y];
             }
         }
         for (int y = 0; y < kWinogradPoints; ++y) {
-            if (!has_point(down, y)) continue;
+            if (!has_winograd_point(down, y)) continue;
             vp v[kWinogradPoints];
             transform_numbers<across>(columns[y], v);
             // What stands for 0 is in all numbers, and of all points only this one is not left without it.
             if (y == 1) v[1] -= (uint16_t)(36 * kZero);
 #pragma GCC unroll 6
             for (int x = 0; x < kWinogradPoints; ++x) {
-                if (has_point(across, x)) __builtin_memcpy(out + (y * kWinogradPoints + x) * n.position, &v[x], sizeof(vp));
+                if (has_winograd_point(across, x)) __builtin_memcpy(out + (y * kWinogradPoints + x) * n.position, &v[x], sizeof(vp));
             }
         }
     }
@@ -157,11 +154,11 @@ static void winograd_sums(const WinogradSums& s) {
         vu lines[kWinogradTile][kWinogradPoints];
 #pragma GCC unroll 6
         for (int x = 0; x < kWinogradPoints; ++x) {
-            if (!has_point(across, x)) continue;
+            if (!has_winograd_point(across, x)) continue;
             vu m[kWinogradPoints], y[kWinogradTile];
 #pragma GCC unroll 6
             for (int i = 0; i < kWinogradPoints; ++i) {
-                if (!has_point(down, i)) continue;
+                if (!has_winograd_point(down, i)) continue;
                 __builtin_memcpy(&m[i], s.sums + (i * kWinogradPoints + x) * s.position + c, sizeof(vu));
             }
             transform_sums<down>(m, y);

@@ -20,13 +20,10 @@ struct alignas(64) Stage {
     int32_t turned[kPixels * kMostColumns];
 };
 
-// A point's products are part of every tile that has at least so many outputs.
-int64_t least_outputs(int64_t point) { return point <= 1 || point == kWinogradPoints - 1 ? 1 : point; }
-
 // The outputs of images, tile by tile; the last of each line and column may have fewer each way.
 class Tiles {
   public:
-    Tiles(const Int8Images& i) : height(i.output_size(0, i.height)), width(i.output_size(1, i.width)) {}
+    explicit Tiles(const Int8Images& i) : height(i.output_size(0, i.height)), width(i.output_size(1, i.width)) {}
 
     struct Tile {
         int64_t image, y, x;  // of the first output
@@ -146,9 +143,9 @@ class Batch {
         const int panels = static_cast<int>(w_.panels(block));
         const Run run{0, w_.words};
         Int8Rows a{{}, &run, 1, w_.words, nullptr, kLine, nullptr};
-        for (int64_t position = 0; position < kWinogradPositions; ++position) {
-            const bool tall = least_outputs(position / kWinogradPoints) > lowest_;
-            const bool wide = least_outputs(position % kWinogradPoints) > narrowest_;
+        for (int position = 0; position < kWinogradPositions; ++position) {
+            const bool tall = !has_winograd_point(lowest_, position / kWinogradPoints);
+            const bool wide = !has_winograd_point(narrowest_, position % kWinogradPoints);
             const char *weights = packed_ + w_.offset(block, position), *numbers = numbers_.data() + position * position_bytes_;
             a.ahead = weights + panels * w_.panel_bytes;  // the next position's
             for (const Order::Piece& piece : order_.pieces(tall, wide)) {
@@ -205,14 +202,14 @@ class Batch {
     const char* packed_;
     const Int8Epilogue& e_;
     const Int8Kernels& kernels_;
-    const int64_t lowest_ = t_[t_.of_image() - 1].down, narrowest_ = t_[t_.of_image() - 1].across;
+    const int lowest_ = t_[t_.of_image() - 1].down, narrowest_ = t_[t_.of_image() - 1].across;
     const int64_t row_bytes_, position_bytes_, position_sums_;
     const Scratch numbers_, sums_, stage_;
     Order order_;
 };
 
-// What it costs, measured, in products of two bytes: the transforms of a channel of a tile, and a byte of weights that comes
-// from a core's own cache, or from farther away.
+// What it costs, measured, in products of bytes, of which those of 16 bits take two: the transforms of a channel of a tile,
+// and a byte of weights that is read from another cache than a core's own, or from farther away.
 constexpr double kTransforms = 1250, kReadNear = 3, kRead = 7;
 constexpr int64_t kNear = 1 << 20, kFar = 8 << 20;
 constexpr int64_t kFewest = 6;  // tiles: with fewer, weights are what is waited for
@@ -233,7 +230,7 @@ bool int8_winograd_pays(const Int8Images& i, const Packing& p, int threads) {
     const int64_t tiles = i.count * t.of_image(), weights = p.shape.terms * p.shape.channels, bytes = 8 * 9 * weights;
     if (tiles * weights == 0) return false;
     const double products = static_cast<double>(weights) * i.count;
-    const double direct = products * 9 * t.height * t.width * (p.four ? 1 : 2);  // two bytes take two products elsewhere
+    const double direct = products * 9 * t.height * t.width * (p.four ? 1 : 2);  // elsewhere these have 16 bits too
     const double transforms = kTransforms * (p.shape.terms + p.shape.channels) * tiles;
     const double reading = (bytes < kNear ? 0 : bytes < kFar ? kReadNear : kRead) * bytes * split(tiles, p, threads).batches;
     const double filtered = 2 * std::max<double>(products * t.positions(), weights * kWinogradPositions * kFewest);

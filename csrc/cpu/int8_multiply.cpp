@@ -237,8 +237,10 @@ void int8_multiply(const Int8Grid& g, const Packing& p, const char* packed, cons
     in_chunks(items, chunk, threads, [&](int64_t begin, int64_t end) {
         Strip strip(g, p, packed, e);
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t group = i % blocks / p.blocks, block = i % p.blocks, next = (i + 1) % blocks;
-            if (i + 1 < end && blocks > 1 && p.parts == 1 && depth * std::min(pixels, kStrip) >= kAhead) {
+            const int64_t group = i % blocks / p.blocks, block = i % p.blocks;
+            // Of threads that are equally fast each takes the chunk after those that the others took.
+            const int64_t item = i + 1 < end ? i + 1 : end + (threads - 1) * chunk, next = item % blocks;
+            if (item < items && blocks > 1 && p.parts == 1 && depth * std::min(pixels, kStrip) >= kAhead) {
                 strip.expect(packed + p.offset(next / p.blocks, 0, next % p.blocks), block_bytes);
             }
             for (int64_t s = i / blocks * depth; s < std::min(count, (i / blocks + 1) * depth); ++s) {

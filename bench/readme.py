@@ -123,7 +123,7 @@ def _outliers_caption(rows: Sequence[Row]) -> str:
 
 
 def _int8_caption(layers: str, machine: str, rows: Sequence[Row]) -> str:
-    over = any(float(row["percent_of_matmul"] or 0) > 100 for row in rows)
+    over = any(float(row.get("percent_of_matmul") or 0) > 100 for row in rows)
     fewer = "; more than all of it, where fewer products do" if over else ""
     text = (
         f"{layers} from float input to float output, with the rounding of the input. "

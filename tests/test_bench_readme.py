@@ -217,11 +217,13 @@ def test_tables_of_int8_layers_and_of_outliers(house: Path) -> None:
     ]
     record.append(house / "results" / "int8-abacus-9.csv", rows)
     images = {"images": 8, "channels": 256, "side": 28, "count": 512, "kernel": 1, "stride": 2, "groups": 1}
+    images |= {"percent_of_matmul": "", "matmul_gflop_per_s": 400}
     rivals = (("eager", 9, 1e-7), ("torch-static", 6, 0.02), ("fastkd", 4.5, 0.013), ("fastkd-static", 4, 0.014))
     rows = [
         sample_row(name, 0, milliseconds) | images | {"error": error, "times_eager": 9 / milliseconds}
         for name, milliseconds, error in rivals
     ]
+    rows[2]["percent_of_matmul"] = 120.4
     record.append(house / "results" / "int8_conv-abacus-9.csv", rows)
     assert outliers.main(["--width", "32", "--gain", "1", "100", "--out", str(house / "results")]) == 0
     write_readme(house)
@@ -235,6 +237,8 @@ def test_tables_of_int8_layers_and_of_outliers(house: Path) -> None:
     row = "| `Int8Conv2d` | 8 x 256 x 28² to 512, 1 x 1, stride 2 | 9 ms | 6 ms (1.5x) | 4.5 ms (2.0x) | 4 ms (2.2x) |"
     assert row in text
     assert "forward, median of interleaved runs" in text
+    assert text.count("(400 GFLOP/s); more than all of it, where fewer products do. The error") == 1
+    assert text.count("(410 GFLOP/s). The error") == 1
     assert "| input | smoothed | gain 1 | gain 100 |" in text
     assert "| dynamic | yes | " in text
     assert "`python bench/outliers.py`" in text

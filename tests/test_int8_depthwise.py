@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from int8_problems import ACTIVATIONS, DTYPES, assert_same_bits, conv2d, flat, int8, scales, weights
+from int8_problems import (
+    ACTIVATIONS,
+    DTYPES,
+    as_many_as_fill_the_caches,
+    assert_same_bits,
+    conv2d,
+    flat,
+    int8,
+    scales,
+    weights,
+)
 
 IMPLEMENTATIONS = ("reference", "native")
 FORMATS = (torch.contiguous_format, torch.channels_last)
@@ -151,3 +161,16 @@ def test_threads_change_no_bit(shape: tuple[int, ...], form: torch.memory_format
         torch.set_num_threads(threads)
         assert torch.equal(int8.conv2d(x, w, scale, **options, impl="native"), want)
     assert torch.equal(want[-1:], int8.conv2d(x[-1:], w, scale, **options, impl="reference"))
+
+
+@pytest.mark.native
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("channels", [80, 72])
+def test_outputs_that_are_larger_than_the_caches(channels: int, activation: str) -> None:
+    """They are written past these, where their lines are whole: the bits are those of an image at a time."""
+    count = as_many_as_fill_the_caches(4 * channels * 31**2) + 2
+    x = flat(count, channels, 31, 31).to(memory_format=torch.channels_last)
+    w, scale, bias = weights(channels, 1, 3, 3), scales(channels), flat(channels)
+    options: dict[str, Any] = {"padding": 1, "groups": channels, "activation": activation, "impl": "native"}
+    for image, part in zip(x, int8.conv2d(x, w, scale, bias, **options), strict=True):
+        assert_same_bits(part, int8.conv2d(image, w, scale, bias, **options))

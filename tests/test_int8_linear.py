@@ -302,6 +302,23 @@ def test_outputs_that_are_larger_than_the_caches(columns: int, activation: str, 
         assert_same_bits(part, int8.linear(few, w, scale, bias, activation=activation, impl="native"))
 
 
+@pytest.mark.native
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("rows", [*range(1, 10), 67])
+def test_outputs_that_have_left_the_nearest_cache(rows: int, threads: int) -> None:
+    """They are fetched while sums are made: the bits are those of a few columns at a time, which are small outputs."""
+    columns = 9 * 2**16 // rows + 20  # of more than 2 MB
+    x, w, scale, bias = flat(rows, 12), weights(columns, 12), scales(columns), flat(columns)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        output = int8.linear(x, w, scale, bias, impl="native")
+    finally:
+        torch.set_num_threads(before)
+    for part, *layer in zip(*(tensor.split(8 * 2**10 // rows) for tensor in (output.T, w, scale, bias)), strict=True):
+        assert_same_bits(part.T, int8.linear(x, *layer, impl="native"))
+
+
 def test_a_lazy_minus_sign_is_a_sign(impl: str) -> None:
     """Which tensors carry that are made by conj(): their memory holds the other sign."""
     negated = torch._neg_view

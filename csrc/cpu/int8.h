@@ -15,6 +15,9 @@ namespace fastkd {
 
 enum class Activation : int32_t { none, relu, gelu, gelu_tanh, silu };
 
+// The lines of the cache that an output goes to are near, or are fetched while its sums are made, or are passed by.
+enum class Stores : int32_t { near, fetched, past_caches };
+
 constexpr int kMostColumns = 64;                 // of a block
 constexpr int kMostRows = 8;                     // of a product
 constexpr int kTogether = 2;                     // panels whose words lie together
@@ -45,9 +48,7 @@ struct Int8Rows {
     const Run* runs;
     int64_t count;   // of runs
     int64_t words;   // of all of them
-    // What will be touched next: with each word of these rows a line is fetched into the cache, so many bytes further on.
-    const char* ahead;
-    int64_t ahead_stride;
+    const char* ahead;  // what will be read next: with each word of these rows a line of the cache is fetched
     const struct Int8Lines* lines;  // of these rows, where the sums of whole panels go at once; null: to `sums`
 };
 
@@ -67,7 +68,7 @@ struct Int8Lines {
     int64_t residual_stride, output_stride;  // numbers from line to line
     Dtype dtype;
     Activation activation;
-    bool past_caches = false;  // int8_multiply.h
+    Stores stores = Stores::near;
 };
 
 // Pixels from planes of channels, to words of one pixel side by side. The rest of the last word is the number 0, or belongs

@@ -23,6 +23,8 @@ class Strip {
 
     // Output pixels from `begin` to `end` of an image, and channels from 64 * `block` on.
     void compute(int64_t image, int64_t begin, int64_t end, int64_t block) {
+        const Int8Lines l = lines(image, begin, end, block * kPixelChannels);
+        fetch_output(l);
         Int8Pixels pixels = all_;
         pixels.weights = packed_ + p_.pixel_words(block);
         const char* numbers = g_.numbers + image * g_.image_stride + block * kPixelChannels;
@@ -33,23 +35,15 @@ class Strip {
             pixels.sums = stage_.sums + (pixel - begin) * kPixelChannels;
             kernels_.pixel_products(pixels);
         }
-        finish(image, begin, end, block * kPixelChannels);
+        kernels_.finish(l);
     }
 
   private:
-    void finish(int64_t image, int64_t begin, int64_t end, int64_t channel) const {
-        const int64_t first = image * g_.height * g_.width + begin, size = element_size(e_.dtype);
-        Int8Lines l;
-        l.sums = stage_.sums, l.floats = false, l.pitch = kPixelChannels, l.lines = end - begin;
-        l.columns = std::min<int64_t>(kPixelChannels, p_.shape.channels - channel), l.channels_are_lines = false;
-        l.scale = e_.scale + channel, l.bias = e_.bias ? e_.bias + channel : nullptr;
-        l.steps = e_.steps + image, l.steps_stride = 0;
-        const int64_t added = first * e_.residual_stride + channel;
-        l.residual = e_.residual ? static_cast<const char*>(e_.residual) + added * size : nullptr;
-        l.output = static_cast<char*>(e_.output) + (first * e_.output_stride + channel) * size;
-        l.residual_stride = e_.residual_stride, l.output_stride = e_.output_stride;
-        l.dtype = e_.dtype, l.activation = e_.activation;
-        kernels_.finish(l);
+    Int8Lines lines(int64_t image, int64_t begin, int64_t end, int64_t channel) const {
+        const int64_t columns = std::min<int64_t>(kPixelChannels, p_.shape.channels - channel);
+        Int8Lines l = e_.lines(image, g_.height * g_.width, p_.shape.channels, begin, end, channel, columns);
+        l.sums = stage_.sums, l.pitch = kPixelChannels;
+        return l;
     }
 
     const Int8Grid& g_;
@@ -74,6 +68,7 @@ void int8_depthwise_pixels(const Int8Grid& g, const Int8Taps& t, const Packing& 
             const int64_t first = i / blocks % strips * kStrip;
             strip.compute(i / (strips * blocks), first, std::min(pixels, first + kStrip), i % blocks);
         }
+        after_stores_past_caches();
     });
 }
 

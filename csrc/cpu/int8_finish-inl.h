@@ -91,7 +91,8 @@ FASTKD_INLINE void finish_vector(const Int8Lines& l, int64_t line, int64_t c, vf
     if (!plain && l.residual) y += take<whole>(l.residual, dtype, line * l.residual_stride + c, n);
     const int64_t at = line * l.output_stride + c;
     y = activated<activation>(y);
-    plain && whole && l.past_caches ? store_past_caches(static_cast<float*>(l.output) + at, y) : put<whole>(l.output, dtype, at, n, y);
+    if (plain && whole && l.stores == Stores::past_caches) return store_past_caches(static_cast<float*>(l.output) + at, y);
+    put<whole>(l.output, dtype, at, n, y);
 }
 
 // Channels are columns, of one block: what belongs to them stays in registers. Line by line, for with lines a power of two
@@ -162,7 +163,8 @@ FASTKD_INLINE void finish_registers(const Int8Lines& lines, int64_t column, cons
 // Sums that are still in registers.
 template <int rows, int panels>
 FASTKD_INLINE void finish_tile(const Int8Lines& l, int64_t column, const vi (&sums)[rows * panels]) {
-    l.past_caches ? finish_registers<rows, panels, true>(l, column, sums) : finish_registers<rows, panels, false>(l, column, sums);
+    l.stores == Stores::past_caches ? finish_registers<rows, panels, true>(l, column, sums)
+                                    : finish_registers<rows, panels, false>(l, column, sums);
 }
 
 template <Activation activation>

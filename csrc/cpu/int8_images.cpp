@@ -143,7 +143,7 @@ Int8Epilogue epilogue_of_images(const Int8Layer& l, const Int8Images& i, const P
     const char* residual = static_cast<const char*>(l.residual);
     return {l.scale, l.bias, steps, false, residual ? residual + first * image_bytes : nullptr,
             static_cast<char*>(l.output) + first * image_bytes, stride, stride, i.planes, l.dtype, l.activation,
-            goes_past_caches(l.output, i.count * image_bytes, side_by_side * size)};
+            stores_of(l.output, i.count * image_bytes, side_by_side * size, l.threads)};
 }
 
 }  // namespace fastkd

@@ -14,7 +14,6 @@ constexpr int64_t kNear = 1 << 20;  // bytes of a core's own cache
 constexpr int64_t kCost = 128;  // products that are as dear as one id of a row of logits (threads.h)
 constexpr int64_t kStream = 8;  // rows that could be computed while a block of weights is read
 constexpr int64_t kAhead = 24;  // rows: with fewer products, weights come no sooner for being asked for
-constexpr int64_t kShort = 64;  // words of a sum: up to so many the output is what takes the time, not the weights
 constexpr int64_t kItems = 8;   // for each thread, so that all are busy to the end
 
 // What a strip of pixels and a block of columns become, until it is written. Whole panels and, transposed, whole vectors.
@@ -35,30 +34,6 @@ struct NoBias {
 };
 constexpr NoBias kNoBias;
 
-// What is fetched while products are made: the next block of weights, and then the lines of cache that will be written to.
-class Ahead {
-  public:
-    void weights(const char* at, int64_t bytes) { weights_ = at, weights_end_ = at + bytes; }
-    void output(const void* at, int64_t stride, int64_t rows, int64_t row_bytes) {
-        output_ = static_cast<const char*>(at), stride_ = stride, rows_ = rows;
-        lines_ = rows * ((row_bytes + kLine - 1) / kLine), line_ = 0;
-    }
-
-    // For as many words. If there is nothing more to fetch, that is what is here already.
-    void next(Int8Rows& a, const char* here) {
-        a.ahead = here, a.ahead_stride = kLine;
-        if (weights_ < weights_end_) {
-            a.ahead = weights_, weights_ += a.words * kLine;
-        } else if (line_ < lines_) {
-            a.ahead = output_ + line_ % rows_ * stride_ + line_ / rows_ * kLine, a.ahead_stride = stride_, line_ += a.words;
-        }
-    }
-
-  private:
-    const char *weights_ = nullptr, *weights_end_ = nullptr, *output_ = nullptr;
-    int64_t stride_ = 0, rows_ = 0, lines_ = 0, line_ = 0;
-};
-
 // 0 where nobody knows. (glibc's sysconf takes all that an AMD package has for what one core can use.)
 int64_t last_cache_bytes() {
     int64_t kilobytes = 0;
@@ -72,7 +47,7 @@ class Strip {
         : g_(g), p_(p), packed_(packed), e_(e), kernels_(active_instruction_set().int8) {}
 
     // Weights that come after these, and are read from far away while there are products to be made.
-    void expect(const char* weights, int64_t bytes) { ahead_.weights(weights, bytes); }
+    void expect(const char* weights, int64_t bytes) { ahead_ = weights, ahead_end_ = weights + bytes; }
 
     void compute(int64_t image, int64_t begin, int64_t end, int64_t group, int64_t block) {
         const int panels = static_cast<int>(p_.first_panel(block + 1) - p_.first_panel(block));
@@ -80,12 +55,11 @@ class Strip {
         const char* numbers = g_.numbers + image * g_.image_stride + group * g_.group_stride;
         if (g_.kind == Int8Grid::depthwise) numbers += first * kernels_.layout.bytes();
         Int8Lines l = lines(image, begin, end, group * p_.columns + first, std::min(pitch, p_.columns - first), pitch);
-        const int64_t size = element_size(e_.dtype);
         if (g_.kind == Int8Grid::words && p_.parts == 1 && finishes_at_once(l, pitch)) {
             multiply(numbers, begin, end, g_.runs[0], panels, p_.words_of(0), packed_ + p_.offset(group, 0, block), pitch, &l);
             return;
         }
-        ahead_.output(l.output, l.output_stride * size, p_.words > kShort ? 0 : l.lines, l.columns * size);
+        fetch_output(l);
         for (int64_t part = 0; part < p_.parts; ++part) {
             const char* weights = packed_ + p_.offset(group, part, block);
             multiply(numbers, begin, end, g_.runs[part], panels, p_.words_of(part), weights, pitch, nullptr);
@@ -101,7 +75,7 @@ class Strip {
         const char* line = numbers + begin / g_.width * g_.line_stride;
         int64_t x = begin % g_.width, left = end - begin;
         const int64_t most = left > p_.layout.rows ? p_.layout.rows_of(panels) : p_.layout.rows;
-        Int8Rows a{{}, runs.data(), static_cast<int64_t>(runs.size()), words, nullptr, 0, at_once};
+        Int8Rows a{{}, runs.data(), static_cast<int64_t>(runs.size()), words, nullptr, at_once};
         const int64_t tiles = (left + most - 1) / most, least = left / tiles, larger = left % tiles;  // as alike as can be
         for (int64_t tile = 0; tile < tiles; ++tile) {
             const int rows = static_cast<int>(least + (tile < larger));
@@ -109,7 +83,8 @@ class Strip {
                 a.at[r] = line + x * g_.pixel_stride;
                 if (++x == g_.width) x = 0, line += g_.line_stride;
             }
-            ahead_.next(a, weights);
+            a.ahead = weights;  // if there is nothing more to fetch, what is here already
+            if (ahead_ < ahead_end_) a.ahead = ahead_, ahead_ += words * kLine;
             products(a, rows, panels, weights, (end - begin - left) * pitch);
             if (at_once) advance(*at_once, rows);
             left -= rows;
@@ -153,7 +128,7 @@ class Strip {
     const char* packed_;
     const Int8Epilogue& e_;
     const Int8Kernels& kernels_;
-    Ahead ahead_;
+    const char *ahead_ = nullptr, *ahead_end_ = nullptr;
     Stage stage_;
     std::vector<double> wide_;
 };
@@ -194,7 +169,7 @@ Int8Lines Int8Epilogue::lines(int64_t image, int64_t pixels, int64_t channels, i
     l.scale = scale + channel, l.bias = bias ? bias + channel : nullptr;
     l.steps = step_by_pixel ? steps + begin : steps + image, l.steps_stride = step_by_pixel;
     l.residual_stride = residual_stride, l.output_stride = output_stride;
-    l.dtype = dtype, l.activation = activation, l.past_caches = past_caches;
+    l.dtype = dtype, l.activation = activation, l.stores = stores;
     int64_t from = (image * pixels + begin) * output_stride + channel;
     int64_t added = (image * pixels + begin) * residual_stride + channel;
     if (planes) {
@@ -207,19 +182,25 @@ Int8Lines Int8Epilogue::lines(int64_t image, int64_t pixels, int64_t channels, i
     return l;
 }
 
+void fetch_output(const Int8Lines& l) {
+    const int64_t size = element_size(l.dtype);
+    if (l.stores == Stores::fetched) expect_writes(l.output, l.output_stride * size, l.lines, l.columns * size);
+}
+
 Int8Epilogue epilogue_of_rows(const Int8Layer& l, const Int8Matrix& m, const Packing& p, int64_t first, const float* steps,
                               bool step_by_pixel) {
     const int64_t size = element_size(l.dtype), columns = p.shape.channels;
     const char* residual = static_cast<const char*>(l.residual);
     return {l.scale, l.bias, steps, step_by_pixel, residual ? residual + first * m.residual_stride * size : nullptr,
             static_cast<char*>(l.output) + first * columns * size, m.residual_stride, columns, false, l.dtype, l.activation,
-            goes_past_caches(l.output, m.rows * columns * size, columns * size)};
+            stores_of(l.output, m.rows * columns * size, columns * size, l.threads)};
 }
 
-bool goes_past_caches(const void* output, int64_t bytes, int64_t row_bytes) {
+Stores stores_of(const void* output, int64_t bytes, int64_t row_bytes, int threads) {
     static const int64_t last = last_cache_bytes();
     const bool aligned = reinterpret_cast<uintptr_t>(output) % kLine == 0 && row_bytes % kLine == 0;
-    return aligned && last > 0 && bytes >= last / 4 * 3;
+    if (aligned && last > 0 && bytes >= last / 4 * 3) return Stores::past_caches;
+    return bytes >= (threads > 1 ? threads * kNear : kNear / 4) ? Stores::fetched : Stores::near;
 }
 
 void int8_multiply(const Int8Grid& g, const Packing& p, const char* packed, const Int8Epilogue& e, int threads) {
@@ -248,9 +229,7 @@ void int8_multiply(const Int8Grid& g, const Packing& p, const char* packed, cons
                 strip.compute(s / strips, first, std::min(pixels, first + kStrip), group, block);
             }
         }
-#if defined(__x86_64__)
-        __builtin_ia32_sfence();  // or another thread might not see what went past the caches
-#endif
+        after_stores_past_caches();
     });
 }
 

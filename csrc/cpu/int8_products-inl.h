@@ -2,6 +2,7 @@
 #pragma once
 #include "int8_finish-inl.h"
 #include "int8_quantize-inl.h"
+#include "prefetch.h"
 
 namespace fastkd {
 namespace {
@@ -91,7 +92,24 @@ class PanelWords {
     const char* at_[kPieces];
 };
 
-template <class Given>
+// The lines of the cache that the sums of a tile will be written to, one with each word: all at once they would be in the way
+// of weights that are read meanwhile.
+template <int rows, int panels>
+class TileLines {
+  public:
+    static constexpr int kOfRow = (panels * static_cast<int>(sizeof(vf)) + kLine - 1) / kLine, kCount = rows * kOfRow;
+    TileLines(const Int8Lines& l, int64_t column)
+        : output_(static_cast<const float*>(l.output) + column), stride_(l.output_stride) {}
+    const char* at(int i) const {
+        return reinterpret_cast<const char*>(output_ + i / kOfRow * stride_) + i % kOfRow * kLine;
+    }
+
+  private:
+    const float* output_;
+    int64_t stride_;
+};
+
+template <class Given, bool fetching>
 struct ProductTile {
     typedef Given Words;
     template <int rows, int panels>
@@ -99,17 +117,18 @@ struct ProductTile {
 };
 
 // Not inlined: within a larger function gcc 12 keeps the sums in memory, at half the speed.
-template <class Words>
+template <class Words, bool fetching>
 template <int rows, int panels>
-__attribute__((noinline)) void ProductTile<Words>::compute(const Int8Rows& a, const Int8Panels& b) {
+__attribute__((noinline)) void ProductTile<Words, fetching>::compute(const Int8Rows& a, const Int8Panels& b) {
     PanelWords<panels, Words> weights(b);
     vi sums[rows * panels];
 #pragma GCC unroll 4
     for (int p = 0; p < panels; ++p) __builtin_memcpy(&sums[p], b.pieces[p / kTogether] + p % kTogether * sizeof(vi), sizeof(vi));
 #pragma GCC unroll 24
     for (int i = panels; i < rows * panels; ++i) sums[i] = sums[i % panels];
+    const TileLines<rows, panels> lines(fetching ? *a.lines : Int8Lines{}, b.column);
+    int line = 0;
     const char* ahead = a.ahead;
-    const int64_t ahead_stride = a.ahead_stride;
     for (const Run* run = a.runs; run < a.runs + a.count; ++run) {
         const char* end[rows];
 #pragma GCC unroll 8
@@ -120,7 +139,11 @@ __attribute__((noinline)) void ProductTile<Words>::compute(const Int8Rows& a, co
             for (int p = 0; p < panels; ++p) w[p] = weights.load(p);
             weights.next();
             __builtin_prefetch(ahead, 0, 2);
-            ahead += ahead_stride;
+            ahead += kLine;
+            if (fetching) {
+                expect_write(lines.at(line));
+                line += line + 1 < lines.kCount;
+            }
 #pragma GCC unroll 24
             for (int i = 0; i < rows * panels; ++i) {
                 sums[i] = Words::add(sums[i], broadcast_word(end[i / panels] + 4 * word), w[i % panels]);
@@ -177,7 +200,9 @@ FASTKD_INLINE void products_by(const Int8Rows& a, int rows, int panels, const ch
 }
 
 void int8_products(const Int8Rows& a, int rows, int panels, const char* block, int32_t* sums) {
-    products_by<ProductTile<LayerWords>>(a, rows, panels, block, sums);
+    const bool fetching = a.lines && a.lines->stores == Stores::fetched;
+    fetching ? products_by<ProductTile<LayerWords, true>>(a, rows, panels, block, sums)
+             : products_by<ProductTile<LayerWords, false>>(a, rows, panels, block, sums);
 }
 
 // As many products as registers alone allow: what the benches compare with. Nothing is known of the numbers, so that no

@@ -10,11 +10,11 @@
 #include <new>
 
 #include "int8.h"
+#include "prefetch.h"
 
 namespace fastkd {
 
-constexpr int64_t kLine = 64;           // of a cache
-constexpr int64_t kScratch = 8 << 20;   // bytes that the numbers of a call may take at a time; one row or image always fits
+constexpr int64_t kScratch = 8 << 20;  // bytes that the numbers of a call may take at a time; one row or image always fits
 constexpr uint32_t kInfinite = 0x7f800000;
 
 inline int64_t element_size(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }

@@ -122,7 +122,7 @@ struct PairWords {
 };
 
 void int8_winograd_products(const Int8Rows& a, int rows, int panels, const char* block, int32_t* sums) {
-    products_by<ProductTile<PairWords>>(a, rows, panels, block, sums);
+    products_by<ProductTile<PairWords, false>>(a, rows, panels, block, sums);
 }
 
 template <int outputs>

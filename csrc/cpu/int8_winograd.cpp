@@ -142,7 +142,7 @@ class Batch {
     void multiply(int64_t block) {
         const int panels = static_cast<int>(w_.panels(block));
         const Run run{0, w_.words};
-        Int8Rows a{{}, &run, 1, w_.words, nullptr, kLine, nullptr};
+        Int8Rows a{{}, &run, 1, w_.words, nullptr, nullptr};
         for (int position = 0; position < kWinogradPositions; ++position) {
             const bool tall = !has_winograd_point(lowest_, position / kWinogradPoints);
             const bool wide = !has_winograd_point(narrowest_, position % kWinogradPoints);
@@ -164,6 +164,7 @@ class Batch {
         Int8Lines l = lines(block, from, 0, to.x + to.across);
         if (finishes_at_once(l, pitch)) {
             for (int64_t i = 0; i < count; ++i) {
+                if (i + 1 < count && l.stores == Stores::fetched) fetch(l, t_[first + i + 1]);
                 const Tiles::Tile t = t_[first + i];
                 kernels_.winograd_sums({t.down, t.across, sums() + order_.row(at + i) * pitch, position_sums_, pitch, nullptr,
                                         t_.width * l.output_stride, 0, &l});
@@ -185,6 +186,14 @@ class Batch {
                 l.sums = stage.turned, l.pitch = kPixels;
             }
             kernels_.finish(l);
+        }
+    }
+
+    // Of a tile; `l` are the outputs of the one before it.
+    void fetch(const Int8Lines& before, const Tiles::Tile& t) const {
+        const float* out = static_cast<const float*>(before.output) + kWinogradTile * before.output_stride;
+        for (int y = 0; y < t.down; ++y, out += t_.width * before.output_stride) {
+            expect_writes(out, before.output_stride * 4, t.across, before.columns * 4);
         }
     }
 
@@ -256,9 +265,7 @@ void int8_winograd(const Int8Layer& l, const Int8Images& i, const Packing& p) {
                 batch.compute(b * count / s.batches, (b + 1) * count / s.batches, part * p.blocks / s.parts,
                               (part + 1) * p.blocks / s.parts);
             }
-#if defined(__x86_64__)
-            __builtin_ia32_sfence();  // or another thread might not see what went past the caches
-#endif
+            after_stores_past_caches();
         });
     }
 }

@@ -219,8 +219,7 @@ void int8_multiply(const Int8Grid& g, const Packing& p, const char* packed, cons
         Strip strip(g, p, packed, e);
         for (int64_t i = begin; i < end; ++i) {
             const int64_t group = i % blocks / p.blocks, block = i % p.blocks;
-            // Of threads that are equally fast each takes the chunk after those that the others took.
-            const int64_t item = i + 1 < end ? i + 1 : end + (threads - 1) * chunk, next = item % blocks;
+            const int64_t item = i + 1, next = item % blocks;  // most often this thread's too
             if (item < items && blocks > 1 && p.parts == 1 && depth * std::min(pixels, kStrip) >= kAhead) {
                 strip.expect(packed + p.offset(next / p.blocks, 0, next % p.blocks), block_bytes);
             }

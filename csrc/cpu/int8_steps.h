@@ -1,16 +1,14 @@
-// Steps of quantised rows and images, and the memory that their numbers are in for the length of a call.
+// Steps of quantised rows and images, and the bytes of their numbers.
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <new>
 
 #include "int8.h"
 #include "prefetch.h"
+#include "scratch.h"
 
 namespace fastkd {
 
@@ -34,17 +32,5 @@ inline int64_t odd_lines(int64_t bytes) { return ((bytes + kLine - 1) / kLine | 
 
 // A row whose step is 0, and one that is NaN whatever its numbers are.
 inline bool is_blank(float step) { return !(step > 0); }
-
-class Scratch {
-  public:
-    explicit Scratch(int64_t bytes)
-        : data_(static_cast<char*>(std::aligned_alloc(kLine, std::max<int64_t>(1, (bytes + kLine - 1) / kLine) * kLine)), std::free) {
-        if (!data_) throw std::bad_alloc();
-    }
-    char* data() const { return data_.get(); }
-
-  private:
-    std::unique_ptr<char, decltype(&std::free)> data_;
-};
 
 }  // namespace fastkd

@@ -7,7 +7,7 @@
 namespace fastkd {
 namespace {
 
-constexpr int64_t kStrip = 64;  // pixels
+constexpr int64_t kStrip = 32;  // pixels: few, so that what is written to is side by side
 
 struct alignas(64) Stage {
     int32_t sums[(kStrip + 3) * kPixelChannels];  // the last few may be for nothing
@@ -24,7 +24,6 @@ class Strip {
     // Output pixels from `begin` to `end` of an image, and channels from 64 * `block` on.
     void compute(int64_t image, int64_t begin, int64_t end, int64_t block) {
         const Int8Lines l = lines(image, begin, end, block * kPixelChannels);
-        fetch_output(l);
         Int8Pixels pixels = all_;
         pixels.weights = packed_ + p_.pixel_words(block);
         const char* numbers = g_.numbers + image * g_.image_stride + block * kPixelChannels;

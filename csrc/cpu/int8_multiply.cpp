@@ -59,7 +59,6 @@ class Strip {
             multiply(numbers, begin, end, g_.runs[0], panels, p_.words_of(0), packed_ + p_.offset(group, 0, block), pitch, &l);
             return;
         }
-        fetch_output(l);
         for (int64_t part = 0; part < p_.parts; ++part) {
             const char* weights = packed_ + p_.offset(group, part, block);
             multiply(numbers, begin, end, g_.runs[part], panels, p_.words_of(part), weights, pitch, nullptr);
@@ -180,11 +179,6 @@ Int8Lines Int8Epilogue::lines(int64_t image, int64_t pixels, int64_t channels, i
     l.output = static_cast<char*>(output) + from * size;
     l.residual = residual ? static_cast<const char*>(residual) + added * size : nullptr;
     return l;
-}
-
-void fetch_output(const Int8Lines& l) {
-    const int64_t size = element_size(l.dtype);
-    if (l.stores == Stores::fetched) expect_writes(l.output, l.output_stride * size, l.lines, l.columns * size);
 }
 
 Int8Epilogue epilogue_of_rows(const Int8Layer& l, const Int8Matrix& m, const Packing& p, int64_t first, const float* steps,

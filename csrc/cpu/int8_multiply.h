@@ -37,14 +37,11 @@ struct Int8Epilogue {
 // Whether sums of so many columns may go to the output from registers, all at once; `l` is then as that takes it.
 bool finishes_at_once(Int8Lines& l, int64_t pitch);
 
-// Before there are sums to finish.
-void fetch_output(const Int8Lines&);
-
 // Of an output of so many bytes, of which `row_bytes` are written side by side. One that is so large that its beginning has
 // left the caches before somebody can read it is written around them: then it is not read from memory first and drives
 // nothing else out, but lines of the cache must be whole. (As in memcpy of glibc: three quarters of the last cache. Of two
 // layers in a row, 26 MB between them, this took a sixth off; of 6 MB it would add a tenth.) One that does not stay near is
-// fetched; with several threads only if it does not stay near any, for what another has written last comes later than the
+// fetched, if sums go there from registers; with several threads only if it does not stay near any, for what another has written last comes later than the
 // weights that are asked for at the same time, and keeps them waiting.
 Stores stores_of(const void* output, int64_t bytes, int64_t row_bytes, int threads);
 

@@ -164,7 +164,6 @@ class Batch {
         Int8Lines l = lines(block, from, 0, to.x + to.across);
         if (finishes_at_once(l, pitch)) {
             for (int64_t i = 0; i < count; ++i) {
-                if (i + 1 < count && l.stores == Stores::fetched) fetch(l, t_[first + i + 1]);
                 const Tiles::Tile t = t_[first + i];
                 kernels_.winograd_sums({t.down, t.across, sums() + order_.row(at + i) * pitch, position_sums_, pitch, nullptr,
                                         t_.width * l.output_stride, 0, &l});
@@ -186,14 +185,6 @@ class Batch {
                 l.sums = stage.turned, l.pitch = kPixels;
             }
             kernels_.finish(l);
-        }
-    }
-
-    // Of a tile; `l` are the outputs of the one before it.
-    void fetch(const Int8Lines& before, const Tiles::Tile& t) const {
-        const float* out = static_cast<const float*>(before.output) + kWinogradTile * before.output_stride;
-        for (int y = 0; y < t.down; ++y, out += t_.width * before.output_stride) {
-            expect_writes(out, before.output_stride * 4, t.across, before.columns * 4);
         }
     }
 

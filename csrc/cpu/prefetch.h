@@ -1,4 +1,4 @@
-// Lines of the cache that will be written to, fetched as this core's own while there is something to compute. A store that
+// A line of the cache that will be written to, fetched as this core's own while there is something to compute. A store that
 // misses is otherwise waited for by all that come after it, and the few that a processor can hold back are soon too many.
 #pragma once
 #include <stdint.h>
@@ -15,14 +15,6 @@ inline __attribute__((always_inline)) void expect_write(const void* at) {
 #else
     __builtin_prefetch(at, 1);
 #endif
-}
-
-// So many rows, and so many bytes side by side in each.
-inline void expect_writes(const void* output, int64_t stride, int64_t rows, int64_t bytes) {
-    const char* row = static_cast<const char*>(output);
-    for (int64_t i = 0; i < rows; ++i, row += stride) {
-        for (int64_t at = 0; at < bytes; at += kLine) expect_write(row + at);
-    }
 }
 
 }  // namespace

@@ -40,9 +40,11 @@ bool finishes_at_once(Int8Lines& l, int64_t pitch);
 // Of an output of so many bytes, of which `row_bytes` are written side by side. One that is so large that its beginning has
 // left the caches before somebody can read it is written around them: then it is not read from memory first and drives
 // nothing else out, but lines of the cache must be whole. (As in memcpy of glibc: three quarters of the last cache. Of two
-// layers in a row, 26 MB between them, this took a sixth off; of 6 MB it would add a tenth.) One that does not stay near is
-// fetched, if sums go there from registers; with several threads only if it does not stay near any, for what another has written last comes later than the
-// weights that are asked for at the same time, and keeps them waiting.
+// layers in a row, 26 MB between them, this took a sixth off; of 6 MB it would add a tenth.)
+//
+// One that does not stay near is fetched, if sums go there from registers. With several threads it must be too large for all
+// of them: what another has written last comes later than the weights that are asked for at the same time, and keeps them
+// waiting.
 Stores stores_of(const void* output, int64_t bytes, int64_t row_bytes, int threads);
 
 // At the end of a thread's work, or another might not see what went past the caches.

@@ -201,10 +201,11 @@ void int8_multiply(const Int8Grid& g, const Packing& p, const char* packed, cons
     const int64_t pixels = g.height * g.width, strips = (pixels + kStrip - 1) / kStrip, count = g.images * strips;
     const int64_t blocks = p.shape.groups * p.blocks;
     if (count * blocks == 0) return;
-    // So many strips take a block of weights in turn: as many as stay near beside this block and the next.
+    // So many strips take a block of weights in turn: as many as stay near beside this block and the next, and where there are
+    // enough of them only such as the same thread has quantised (Shares).
     const int64_t columns = std::min<int64_t>(p.columns, kMostColumns), block_bytes = p.bytes() / blocks;
     const int64_t near = (kNear - 2 * block_bytes) / std::max<int64_t>(1, std::min(pixels, kStrip) * g.pixel_stride);
-    const int64_t fair = threads > 1 ? count * blocks / (kItems * threads) : count;
+    const int64_t fair = threads > 1 ? std::min(count * blocks / (kItems * threads), count / threads) : count;
     const int64_t depth = std::max<int64_t>(1, std::min({near, fair, count}));
     const int64_t items = (count + depth - 1) / depth * blocks;
     const int64_t products = p.words * p.layout.group * columns * (depth * std::min(pixels, kStrip) + kStream);

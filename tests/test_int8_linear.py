@@ -276,7 +276,7 @@ def test_threads_change_no_bit() -> None:
     x, w, scale, bias = flat(300, 400), weights(200, 400), scales(200), flat(200)
     wide, narrow = flat(100, 120000), weights(3, 120000)
     want = [int8.linear(x, w, scale, bias, impl="native"), int8.linear(wide, narrow, scale[:3], impl="native")]
-    for threads in (2, 3):
+    for threads in (2, 3, 7):
         torch.set_num_threads(threads)
         assert torch.equal(int8.linear(x, w, scale, bias, impl="native"), want[0])
         assert torch.equal(int8.linear(wide, narrow, scale[:3], impl="native"), want[1])

@@ -98,8 +98,8 @@ template <int rows, int panels>
 class TileLines {
   public:
     static constexpr int kOfRow = (panels * static_cast<int>(sizeof(vf)) + kLine - 1) / kLine, kCount = rows * kOfRow;
-    TileLines(const Int8Lines& l, int64_t column)
-        : output_(static_cast<const float*>(l.output) + column), stride_(l.output_stride) {}
+    TileLines(const Int8Lines* l, int64_t column)
+        : output_(l ? static_cast<const float*>(l->output) + column : nullptr), stride_(l ? l->output_stride : 0) {}
     const char* at(int i) const {
         return reinterpret_cast<const char*>(output_ + i / kOfRow * stride_) + i % kOfRow * kLine;
     }
@@ -126,7 +126,7 @@ __attribute__((noinline)) void ProductTile<Words, fetching>::compute(const Int8R
     for (int p = 0; p < panels; ++p) __builtin_memcpy(&sums[p], b.pieces[p / kTogether] + p % kTogether * sizeof(vi), sizeof(vi));
 #pragma GCC unroll 24
     for (int i = panels; i < rows * panels; ++i) sums[i] = sums[i % panels];
-    const TileLines<rows, panels> lines(fetching ? *a.lines : Int8Lines{}, b.column);
+    const TileLines<rows, panels> lines(fetching ? a.lines : nullptr, b.column);
     int line = 0;
     const char* ahead = a.ahead;
     for (const Run* run = a.runs; run < a.runs + a.count; ++run) {

@@ -304,11 +304,14 @@ def test_outputs_that_are_larger_than_the_caches(columns: int, activation: str, 
 
 @pytest.mark.native
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("rows", [*range(1, 10), 67])
-def test_outputs_that_have_left_the_nearest_cache(rows: int, threads: int) -> None:
-    """They are fetched while sums are made: the bits are those of a few columns at a time, which are small outputs."""
+@pytest.mark.parametrize(("rows", "terms"), [*((rows, 12) for rows in range(1, 10)), (67, 12), (67, 150)])
+def test_outputs_that_have_left_the_nearest_cache(rows: int, terms: int, threads: int) -> None:
+    """They are fetched while sums are made: the bits are those of a few columns at a time, which are small outputs.
+
+    A tile of 150 terms has more words than lines to fetch, one of 12 fewer.
+    """
     columns = 9 * 2**16 // rows + 20  # of more than 2 MB
-    x, w, scale, bias = flat(rows, 12), weights(columns, 12), scales(columns), flat(columns)
+    x, w, scale, bias = flat(rows, terms), weights(columns, terms), scales(columns), flat(columns)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
